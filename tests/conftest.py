@@ -1,0 +1,39 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Test-wide settings: eight forced CPU devices, strict ranks, one compilation cache."""
+
+import os
+import pathlib
+import tempfile
+
+# Before jax is imported: a mesh of eight devices on any machine.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR",
+        str(pathlib.Path(tempfile.gettempdir()) / "wlab-compilation-cache"),
+    ),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture(params=["auto", "explicit"])
+def mesh(request: pytest.FixtureRequest) -> jax.sharding.Mesh:
+    """A 4 x 2 mesh with axes ``data`` and ``model``, of both axis types."""
+    kind = {
+        "auto": jax.sharding.AxisType.Auto,
+        "explicit": jax.sharding.AxisType.Explicit,
+    }[request.param]
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))

@@ -1,0 +1,83 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Parity with reference vectors: ``python -m tests.parity SLUG [FILE.npz]``.
+
+Each method has a module here of its slug's name (dashes as underscores) with
+
+- ``INPUTS``: the names of the arrays that a file gives;
+- ``compute(inputs) -> dict``: each output array by name, as `Expected` from the code
+  under test.
+
+Every other array of the file is an output and must be compared.
+"""
+
+import importlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+
+
+class Computed(NamedTuple):
+    """An output array as the code under test computes it."""
+
+    value: Any
+    tolerance: float  # of the largest difference, over the largest magnitude
+
+
+class Row(NamedTuple):
+    """How one output array of a file compares."""
+
+    name: str
+    error: float  # largest difference over largest magnitude; inf if not comparable
+    tolerance: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the array agrees."""
+        return self.error <= self.tolerance
+
+
+def slugs() -> list[str]:
+    """The methods that have a parity module."""
+    here = pathlib.Path(__file__).parent
+    names = (p.stem for p in here.glob("*.py") if not p.stem.startswith("__"))
+    return sorted(name.replace("_", "-") for name in names)
+
+
+def golden(slug: str) -> pathlib.Path:
+    """The reference vectors that the project carries."""
+    return GOLDEN / f"{slug}.npz"
+
+
+def compare(slug: str, arrays: Mapping[str, np.ndarray]) -> list[Row]:
+    """Run the method on a file's inputs and compare every output that it holds."""
+    module = importlib.import_module(f"tests.parity.{slug.replace('-', '_')}")
+    missing = [name for name in module.INPUTS if name not in arrays]
+    if missing:
+        raise ValueError(f"inputs missing from the file: {', '.join(missing)}")
+    inputs = {name: arrays[name] for name in module.INPUTS}
+    computed = module.compute(inputs)
+    return [
+        _row(name, arrays[name], computed.get(name))
+        for name in arrays
+        if name not in module.INPUTS
+    ]
+
+
+def _row(name: str, wanted: np.ndarray, got: Computed | None) -> Row:
+    if got is None:
+        return Row(name, np.inf, 0.0, "nothing computes this array")
+    value = np.asarray(got.value)
+    if value.shape != wanted.shape:
+        note = f"shape {value.shape}, wanted {wanted.shape}"
+        return Row(name, np.inf, got.tolerance, note)
+    if not wanted.size:
+        return Row(name, 0.0, got.tolerance)
+    scale = float(np.max(np.abs(wanted))) or 1.0
+    error = float(np.max(np.abs(value - wanted))) / scale
+    return Row(name, np.inf if np.isnan(error) else error, got.tolerance)

@@ -1,0 +1,27 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The beams: structured weights, lift, paths and views of trees, linear algebra."""
+
+from wlab.core import _bits as bits  # noqa: F401
+from wlab.core import _linalg as linalg  # noqa: F401
+from wlab.core import _ste as ste  # noqa: F401
+from wlab.core._keys import fold_path as fold_path
+from wlab.core._lift import Weight as Weight
+from wlab.core._lift import is_weight as is_weight
+from wlab.core._lift import lift as lift
+from wlab.core._lift import materialise as materialise
+from wlab.core._lowrank import LowRank as LowRank
+from wlab.core._tree import Leaf as Leaf
+from wlab.core._tree import Pattern as Pattern
+from wlab.core._tree import Select as Select
+from wlab.core._tree import describe as describe
+from wlab.core._tree import explain as explain
+from wlab.core._tree import leaves_with_paths as leaves_with_paths
+from wlab.core._tree import map_with_path as map_with_path
+from wlab.core._tree import matrix_views as matrix_views
+from wlab.core._tree import muon_dimension_numbers as muon_dimension_numbers
+from wlab.core._tree import path_of as path_of
+from wlab.core._tree import select as select
+from wlab.core._view import MatrixView as MatrixView
+from wlab.core._view import as_matrices as as_matrices
+from wlab.core._view import from_matrices as from_matrices

@@ -1,0 +1,311 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder-only language model: RMSNorm, rotary positions, grouped queries, SwiGLU.
+
+The weights reach nothing but ``nn.Dense``, ``nn.DenseGeneral`` and ``nn.Embed``, so
+that structured weights can take their place. The blocks are either written out one
+after another (``blocks_0``, ``blocks_1``, ...) or scanned (``blocks``, every parameter
+with a leading layer axis); both, with or without rematerialisation, are the same
+function.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+__all__ = ["Decoder", "DecoderConfig", "tiny"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a ``Decoder``.
+
+    Attributes:
+      vocab: number of tokens.
+      width: size of the residual stream.
+      depth: number of blocks.
+      heads: number of query heads.
+      kv_heads: number of key and value heads; divides ``heads``.
+      head_dim: size of a head; even, because rotary positions turn pairs.
+      hidden: size of the gated layer inside a block.
+      rope_base: the longest wavelength of the rotary positions is ``2 pi`` times this.
+      norm_eps: added to the mean square inside every norm.
+      tied: whether the head is the embedding's transpose.
+      scan: whether the blocks are one scan over stacked parameters.
+      remat: whether a block's activations are computed again in the backward pass.
+      dtype: dtype of the activations and matrix products. Softmax, norms, rotary
+        angles and logits are float32 whatever it is.
+      param_dtype: dtype in which the parameters are stored.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    tied: bool = True
+    scan: bool = False
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        """Checks the sizes.
+
+        Raises:
+          ValueError: if sizes are not positive or do not fit each other.
+        """
+        for name in (
+            *("vocab", "width", "depth", "heads", "kv_heads", "head_dim", "hidden"),
+            *("rope_base", "norm_eps"),
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: "
+                "every key head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd: rotary positions turn pairs of "
+                "channels, so choose an even size"
+            )
+        for name in ("dtype", "param_dtype"):
+            if not jnp.issubdtype(getattr(self, name), jnp.floating):
+                raise ValueError(f"{name}={getattr(self, name)} is not a float dtype")
+
+
+def tiny(**overrides: Any) -> DecoderConfig:
+    """About a million parameters over bytes: trains on a laptop.
+
+    Args:
+      **overrides: fields of ``DecoderConfig`` to set otherwise.
+
+    Returns:
+      The config.
+
+    Examples:
+      >>> from wlab.models.decoder import tiny
+      >>> config = tiny(depth=2)
+      >>> config.width, config.depth
+      (128, 2)
+    """
+    config = DecoderConfig(
+        vocab=256,
+        width=128,
+        depth=4,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        hidden=512,
+    )
+    return dataclasses.replace(config, **overrides)
+
+
+def _rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Turns the pairs (i, i + half) of a head's channels by position-given angles.
+
+    Args:
+      x: ``[batch, length, heads, head_dim]``.
+      positions: ``[length]``.
+      base: see ``DecoderConfig.rope_base``.
+
+    Returns:
+      The turned ``x``, in its own dtype; angles and turn are float32.
+    """
+    half = x.shape[-1] // 2
+    wavelengths = base ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[:, None] / wavelengths[None, :]
+    cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class _Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        rows = _rows(x)
+
+        def project(name: str, heads: int) -> jax.Array:
+            made = nn.DenseGeneral(
+                (heads, c.head_dim),
+                use_bias=False,
+                dtype=c.dtype,
+                param_dtype=c.param_dtype,
+                name=name,
+            )(rows)
+            return made.reshape(*x.shape[:2], heads, c.head_dim)
+
+        positions = jnp.arange(x.shape[1])
+        query = _rotate(project("query", c.heads), positions, c.rope_base)
+        key = _rotate(project("key", c.kv_heads), positions, c.rope_base)
+        value = project("value", c.kv_heads)
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        out = nn.DenseGeneral(
+            c.width,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            kernel_init=_residual_init(c),
+            name="out",
+        )(mixed.reshape(-1, c.heads, c.head_dim))
+        return out.reshape(x.shape)
+
+
+class _GatedMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+
+        def dense(size: int, name: str, **kwargs: Any) -> nn.Dense:
+            return nn.Dense(
+                size,
+                use_bias=False,
+                dtype=c.dtype,
+                param_dtype=c.param_dtype,
+                name=name,
+                **kwargs,
+            )
+
+        rows = _rows(x)
+        gated = nn.silu(dense(c.hidden, "gate")(rows)) * dense(c.hidden, "up")(rows)
+        out = dense(c.width, "down", kernel_init=_residual_init(c))(gated)
+        return out.reshape(x.shape)
+
+
+class _Block(nn.Module):
+    """One pre-norm residual block."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = x + _Attention(c, name="attention")(_norm(c, "attention_norm")(x))
+        return x + _GatedMLP(c, name="mlp")(_norm(c, "mlp_norm")(x))
+
+
+class Decoder(nn.Module):
+    """A causal language model over integer tokens.
+
+    Parameters: ``embed/embedding``; per block ``attention_norm/scale``,
+    ``attention/{query,key,value,out}/kernel``, ``mlp_norm/scale`` and
+    ``mlp/{gate,up,down}/kernel``, under ``blocks_0`` ... or, with ``scan``, under
+    ``blocks`` with a leading layer axis; ``final_norm/scale``; ``head/kernel`` unless
+    the head is tied.
+
+    Attributes:
+      config: the sizes.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from wlab.models.decoder import Decoder, tiny
+      >>> model = Decoder(tiny(depth=1))
+      >>> tokens = jnp.zeros((2, 8), jnp.int32)
+      >>> variables = model.init(jax.random.key(0), tokens)
+      >>> model.apply(variables, tokens).shape
+      (2, 8, 256)
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Predicts every next token.
+
+        Args:
+          tokens: integers, ``[batch, length]``.
+
+        Returns:
+          float32 logits, ``[batch, length, vocab]``; those at position ``i`` depend on
+          ``tokens[:, : i + 1]`` only.
+
+        Raises:
+          ValueError: if ``tokens`` is not a batch of rows of integers.
+        """
+        c = self.config
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                "tokens must be integers of shape [batch, length], not "
+                f"{tokens.dtype}{list(tokens.shape)}"
+            )
+        # The table stays float32 in use: the tied head makes float32 logits with it.
+        embed = nn.Embed(
+            c.vocab,
+            c.width,
+            dtype=jnp.float32,
+            param_dtype=c.param_dtype,
+            name="embed",
+        )
+        x = embed(tokens).astype(c.dtype)
+        # Inside a scan nothing can be merged across the two passes, so the barrier
+        # that prevents it would only cost time.
+        block = nn.remat(_Block, prevent_cse=not c.scan) if c.remat else _Block
+        if c.scan:
+            x, _ = nn.scan(
+                lambda layer, x, _: (layer(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=c.depth,
+            )(block(c, name="blocks"), x, None)
+        else:
+            for i in range(c.depth):
+                x = block(c, name=f"blocks_{i}")(x)
+        rows = _rows(_norm(c, "final_norm")(x)).astype(jnp.float32)
+        if c.tied:
+            logits = embed.attend(rows)
+        else:
+            logits = nn.Dense(
+                c.vocab,
+                use_bias=False,
+                dtype=jnp.float32,
+                param_dtype=c.param_dtype,
+                name="head",
+            )(rows)
+        return logits.reshape(*tokens.shape, c.vocab)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """All positions of all sequences as rows, for the dense layers.
+
+    A weight's gradient then contracts one axis, not two, for which XLA on CPU would
+    transpose the activations first: the whole step takes half the time.
+    """
+    return x.reshape(-1, x.shape[-1])
+
+
+def _norm(config: DecoderConfig, name: str) -> nn.RMSNorm:
+    """A root-mean-square norm; flax computes its statistics in float32."""
+    return nn.RMSNorm(
+        epsilon=config.norm_eps,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        name=name,
+    )
+
+
+def _residual_init(config: DecoderConfig) -> nn.initializers.Initializer:
+    """Fan-in scale, smaller with depth: the sum over all blocks keeps unit variance."""
+    return nn.initializers.variance_scaling(
+        1 / (2 * config.depth), "fan_in", "truncated_normal"
+    )

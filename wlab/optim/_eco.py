@@ -1,0 +1,728 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+r"""ECO: quantised training without full-precision master weights (a transform).
+
+The weights are stored on a number grid only. What rounding takes away in a step is
+put, suitably scaled, into the optimiser's first moment, which so becomes the
+accumulator of the error: no copy of the weights, no buffer, no new hyperparameter.
+
+.. math::
+
+    \tilde\theta &= (1 - \eta\lambda)\,\theta - \eta\,U(m), \qquad
+    \theta' = q(\tilde\theta), \qquad e = \tilde\theta - \theta' \\
+    m' &= m + \tfrac1\eta\,(1 - \tfrac1\beta)\, U_m^{-1}(e)
+
+where :math:`U_m` is the (for a given state linear) map from momentum to update: the
+identity for SGD, a division by the root of the second moment for Adam, the
+orthogonalisation for Muon.
+
+References:
+    Nikdan, Zandieh, Alistarh and Mirrokni, `ECO: Quantized Training without
+    Full-Precision Master Weights <https://arxiv.org/abs/2601.22101>`_, 2026.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from wlab.core import (
+    MatrixView,
+    Pattern,
+    Select,
+    as_matrices,
+    fold_path,
+    from_matrices,
+    leaves_with_paths,
+    linalg,
+    map_with_path,
+)
+from wlab.quant import (
+    Grid,
+    Quantized,
+    block_scale,
+    check_finite,
+    get_grid,
+    matrix_block,
+    quantizable,
+    quantize_blocks,
+)
+from wlab.quant import Granularity, Rounding
+
+Injection = Literal["paper", "decayed", "virtual", "exact", "none"]
+
+
+# --- One leaf ------------------------------------------------------------------
+
+
+class Direction(NamedTuple):
+    """Where one leaf's momentum points, and the way back."""
+
+    momentum: jax.Array  # m after the gradient, float32, of the leaf's shape
+    second: jax.Array | None  # Adam's second moment, likewise
+    update: jax.Array  # U(m): what the learning rate multiplies
+    invert: Callable[[jax.Array], jax.Array]  # the inverse of U at this m
+
+
+def sgd_direction(g: jax.Array, m: jax.Array, *, b1: ArrayLike) -> Direction:
+    """Momentum as an average: ``m = b1 m + (1 - b1) g``; the update is m itself."""
+    m = b1 * m + (1 - b1) * g
+    return Direction(m, None, m, lambda e: e)
+
+
+def adam_direction(
+    g: jax.Array,
+    m: jax.Array,
+    v: jax.Array,
+    t: jax.Array,
+    *,
+    b1: ArrayLike,
+    b2: ArrayLike,
+    eps: ArrayLike,
+) -> Direction:
+    """Adam's update with bias correction; `t` counts from 1."""
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * jnp.square(g)
+    correction = 1 - jnp.asarray(b1, m.dtype) ** t
+    root = jnp.sqrt(v / (1 - jnp.asarray(b2, v.dtype) ** t)) + eps
+    return Direction(m, v, m / correction / root, lambda e: correction * root * e)
+
+
+def muon_direction(
+    g: jax.Array, m: jax.Array, view: MatrixView, *, b1: ArrayLike, ns_steps: int
+) -> Direction:
+    """Muon's update ``sqrt(out / in) (m m^T)^(-1/2) m`` of each matrix of the leaf."""
+    m = b1 * m + (1 - b1) * g
+    n_in, n_out = jax.eval_shape(lambda x: as_matrices(x, view), m).shape[-2:]
+    ratio = (n_out / n_in) ** 0.5
+
+    @linalg.sharding_safe
+    def orthogonal(m: jax.Array) -> jax.Array:
+        x = linalg.orthogonalize(as_matrices(m, view), steps=ns_steps)
+        return from_matrices(ratio * x, view, m.shape)
+
+    @linalg.sharding_safe
+    def invert(e: jax.Array, m: jax.Array) -> jax.Array:
+        # m = (m m^T)^(1/2) msign(m) = msign(m) (m^T m)^(1/2): the smaller of the two.
+        x, y = as_matrices(m, view), as_matrices(e, view)
+        xt = jnp.swapaxes(x, -1, -2)
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        if n_in <= n_out:
+            y = product(linalg.sqrtm_psd(product(x, xt)), y)
+        else:
+            y = product(y, linalg.sqrtm_psd(product(xt, x)))
+        return from_matrices(y / ratio, view, m.shape)
+
+    return Direction(m, None, orthogonal(m), lambda e: invert(e, m))
+
+
+class Stepped(NamedTuple):
+    """What a step makes of one leaf."""
+
+    tilde: jax.Array  # the weight before quantisation, float32
+    weight: jax.Array  # the weight on the grid, float32
+    momentum: jax.Array  # with the residual put in, float32
+    residual: jax.Array  # tilde - weight (exact: what is still owed), float32
+
+
+def feedback_step(
+    theta: jax.Array,
+    direction: Direction,
+    quantise: Callable[[jax.Array], jax.Array],
+    *,
+    eta: ArrayLike,
+    b1: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
+    injection: Injection = "paper",
+    residual: jax.Array | None = None,
+    eta_next: ArrayLike | None = None,
+) -> Stepped:
+    """One step of one leaf: move, quantise, and put the residual into the momentum.
+
+    Args:
+        theta: the weight on the grid, float32, any shape.
+        direction: where the momentum points.
+        quantise: rounds a weight to the grid and returns it in float32.
+        eta: learning rate of this step; nothing is injected where it is 0.
+        b1: decay of the momentum.
+        weight_decay: decoupled weight decay.
+        injection: see `eco`.
+        residual: for "exact", what is owed from the steps before.
+        eta_next: for "exact", the learning rate of the next step.
+    """
+    keep = 1 - eta * weight_decay
+    tilde = keep * theta - eta * direction.update
+    weight = quantise(tilde)
+    e = tilde - weight
+    m = direction.momentum
+    inverse = _inverse(eta)
+    if injection == "exact":
+        owed = jnp.where(eta > 0, e, residual)
+        keep_next = 1 - eta_next * weight_decay
+        m = m + keep * inverse * residual - keep_next * _inverse(eta_next) / b1 * owed
+        return Stepped(tilde, weight, m, owed)
+    if injection != "none":
+        factor = {
+            "paper": 1 - 1 / b1,
+            "decayed": keep * (1 - 1 / b1),
+            "virtual": 1 - keep / b1,
+        }[injection]
+        m = m + factor * inverse * direction.invert(e)
+    return Stepped(tilde, weight, m, e)
+
+
+def _inverse(eta: ArrayLike) -> jax.Array:
+    """1 / eta, and 0 for 0: a step that moves nothing loses nothing."""
+    moving = jnp.asarray(eta) > 0
+    return jnp.where(moving, 1 / jnp.where(moving, eta, 1), 0)
+
+
+# --- Trees ---------------------------------------------------------------------
+
+
+class EcoState(NamedTuple):
+    """State of the ECO transforms; leaves that are not quantised are masked out."""
+
+    count: jax.Array  # int32, steps taken
+    key: jax.Array | None  # typed key of the stochastic rounding
+    mu: Any  # momentum, float32, like the dense parameters
+    nu: Any  # second moment (Adam), likewise; else None
+    residual: Any  # error still owed (injection="exact"), likewise; else None
+    rest: optax.OptState  # of the optimiser of the leaves in full precision
+
+
+class _Plan(NamedTuple):
+    """How one leaf is quantised."""
+
+    grid: Grid
+    block: tuple[int, ...]
+    view: MatrixView
+
+
+def eco(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.98,
+    eps: ArrayLike = 1e-9,
+    weight_decay: ArrayLike = 0.0,
+    mask: Any = None,
+    *,
+    grid: str | Grid = "fp8_e4m3",
+    rounding: Rounding = "nearest",
+    granularity: Granularity | None = None,
+    injection: Injection = "paper",
+    select: Select | None = None,
+    views: Mapping[Pattern, MatrixView | None] | None = None,
+    full_precision: optax.GradientTransformation | None = None,
+    key: jax.Array | int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam(W) on quantised weights, without a full-precision copy of them.
+
+    The same four lines serve two forms of the parameters. *Packed*: the tree that
+    `wlab.quant.quantize_tree` makes, with `Quantized` leaves; an update holds their
+    differences in storage, which `optax.apply_updates` adds exactly, and FP8 costs 9
+    bytes a parameter with this state. *Dense*: plain arrays whose values lie on the
+    grid (to the last rounding of their dtype), for wrappers that need arrays of the
+    parameters' shape, such as `optax.MultiSteps`. In both, gradients are taken at
+    ``wlab.materialise(params)``.
+
+    Args:
+        learning_rate: a number or a schedule; the same value moves the weights and
+            scales the injection.
+        b1: decay of the first moment, between 0 and 1, both excluded.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, times the learning rate.
+        mask: which leaves decay, as in `optax.adamw`; None: all.
+        grid: the number grid, a `Grid` or its name.
+        rounding: "nearest" or "stochastic".
+        granularity: "row" (a scale for each output), or "tensor" (one for each
+            matrix). None: tensor for int4 and narrower, row for the others.
+        injection: what the momentum gets back: "paper", the residual without a factor
+            for weight decay; "decayed", times one minus learning rate times decay;
+            "virtual", the coefficient that keeps the virtual sequence exact under
+            decay; "none", nothing, the naive baseline.
+        select: which leaves of a dense tree are quantised, as in `wlab.core.select`;
+            None: kernels of linear layers and convolutions, so that embeddings, head,
+            norms and biases stay in full precision. In a packed tree the `Quantized`
+            leaves are the selection.
+        views: which axes of a leaf are inputs and outputs, where names do not tell.
+        full_precision: the optimiser of the other leaves; None: `optax.adamw` with
+            the same hyperparameters.
+        key: a random key or a seed for stochastic rounding.
+
+    Returns:
+        A gradient transformation that takes any extra arguments.
+
+    Raises:
+        ValueError: at build time for values out of range; at `init` and `update` for a
+            pattern that matches nothing, a packed leaf of another grid, a leaf with
+            NaN, gradients that do not fit; each names the leaf.
+        TypeError: for a selected leaf that is not a float array.
+
+    Examples:
+        >>> import wlab
+        >>> params = {"dense": {"kernel": jnp.array([[1.0, 0.5], [0.3, -2.0]])}}
+        >>> params = wlab.quant.quantize_tree(params, "fp8_e4m3")
+        >>> tx = eco(1e-3, grid="fp8_e4m3", rounding="nearest")
+        >>> state = tx.init(params)
+        >>> loss = lambda p: jnp.sum(p["dense"]["kernel"] ** 2)
+        >>> for _ in range(100):
+        ...     grads = jax.grad(loss)(wlab.materialise(params))
+        ...     updates, state = tx.update(grads, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(loss(wlab.materialise(params)) < 5.0, params["dense"]["kernel"].codes.dtype)
+        True uint8
+    """
+    _check_rates(b1=b1, b2=b2)
+    if injection == "exact":
+        raise ValueError(
+            "injection='exact' needs the size of the next step, which for Adam depends "
+            "on the next gradient: use eco_sgd, or injection='virtual'"
+        )
+    if full_precision is None:
+        full_precision = optax.adamw(
+            learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask
+        )
+
+    def direction(g: Any, m: Any, v: Any, t: Any, plan: _Plan) -> Direction:
+        del plan
+        return adam_direction(g, m, v, t, b1=b1, b2=b2, eps=eps)
+
+    return _eco(
+        learning_rate,
+        direction,
+        b1=b1,
+        weight_decay=weight_decay,
+        mask=mask,
+        grid=grid,
+        rounding=rounding,
+        granularity=granularity,
+        injection=injection,
+        select=select,
+        views=views,
+        full_precision=full_precision,
+        key=key,
+        second_moment=True,
+    )
+
+
+def eco_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: ArrayLike = 0.9,
+    weight_decay: ArrayLike = 0.0,
+    mask: Any = None,
+    *,
+    grid: str | Grid = "fp8_e4m3",
+    rounding: Rounding = "nearest",
+    granularity: Granularity | None = None,
+    injection: Injection = "paper",
+    select: Select | None = None,
+    views: Mapping[Pattern, MatrixView | None] | None = None,
+    full_precision: optax.GradientTransformation | None = None,
+    key: jax.Array | int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with averaged momentum on quantised weights; see `eco`.
+
+    Args:
+        learning_rate: a number or a schedule.
+        momentum: decay of the average ``m = momentum m + (1 - momentum) g``.
+        weight_decay: as in `eco`.
+        mask: as in `eco`.
+        grid: as in `eco`.
+        rounding: as in `eco`.
+        granularity: as in `eco`.
+        injection: as in `eco`; or "exact", which stores the residual in a buffer of
+            the size of the weights and follows training with master weights exactly,
+            also under a schedule: the reference that the others approximate.
+        select: as in `eco`.
+        views: as in `eco`.
+        full_precision: the optimiser of the other leaves; None: the same SGD.
+        key: as in `eco`.
+
+    Returns:
+        A gradient transformation that takes any extra arguments.
+
+    Raises:
+        ValueError: as `eco` does.
+        TypeError: as `eco` does.
+    """
+    _check_rates(momentum=momentum)
+    if full_precision is None:
+        full_precision = optax.chain(
+            optax.ema(momentum, debias=False),
+            optax.add_decayed_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    def direction(g: Any, m: Any, v: Any, t: Any, plan: _Plan) -> Direction:
+        del v, t, plan
+        return sgd_direction(g, m, b1=momentum)
+
+    return _eco(
+        learning_rate,
+        direction,
+        b1=momentum,
+        weight_decay=weight_decay,
+        mask=mask,
+        grid=grid,
+        rounding=rounding,
+        granularity=granularity,
+        injection=injection,
+        select=select,
+        views=views,
+        full_precision=full_precision,
+        key=key,
+    )
+
+
+def eco_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.95,
+    weight_decay: ArrayLike = 0.0,
+    mask: Any = None,
+    *,
+    ns_steps: int = 5,
+    grid: str | Grid = "fp8_e4m3",
+    rounding: Rounding = "nearest",
+    granularity: Granularity | None = None,
+    injection: Literal["paper", "decayed", "virtual", "none"] = "decayed",
+    select: Select | None = None,
+    views: Mapping[Pattern, MatrixView | None] | None = None,
+    full_precision: optax.GradientTransformation | None = None,
+    key: jax.Array | int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon on quantised weights; see `eco`.
+
+    Each matrix moves along its orthogonalised momentum, scaled by the root of outputs
+    over inputs; the residual goes back through the inverse of that map, which costs a
+    matrix square root of the smaller side. The paper has no such variant.
+
+    Args:
+        learning_rate: a number or a schedule.
+        b1: decay of the averaged momentum.
+        weight_decay: as in `eco`.
+        mask: as in `eco`.
+        ns_steps: iterations of the Newton-Schulz orthogonalisation.
+        grid: as in `eco`.
+        rounding: as in `eco`.
+        granularity: as in `eco`.
+        injection: as in `eco`.
+        select: as in `eco`.
+        views: as in `eco`.
+        full_precision: the optimiser of the other leaves; None: `optax.adamw` with
+            this learning rate.
+        key: as in `eco`.
+
+    Returns:
+        A gradient transformation that takes any extra arguments.
+
+    Raises:
+        ValueError: as `eco` does.
+        TypeError: as `eco` does.
+
+    References:
+        Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024;
+        Cesista, `ECO for matrix norms <https://leloykun.github.io/ponder/eco/>`_, 2026.
+    """
+    _check_rates(b1=b1)
+    if injection == "exact":
+        raise ValueError("injection='exact' exists for eco_sgd only")
+    if full_precision is None:
+        full_precision = optax.adamw(learning_rate, weight_decay=weight_decay, mask=mask)
+
+    def direction(g: Any, m: Any, v: Any, t: Any, plan: _Plan) -> Direction:
+        del v, t
+        return muon_direction(g, m, plan.view, b1=b1, ns_steps=ns_steps)
+
+    return _eco(
+        learning_rate,
+        direction,
+        b1=b1,
+        weight_decay=weight_decay,
+        mask=mask,
+        grid=grid,
+        rounding=rounding,
+        granularity=granularity,
+        injection=injection,
+        select=select,
+        views=views,
+        full_precision=full_precision,
+        key=key,
+    )
+
+
+def _eco(
+    learning_rate: optax.ScalarOrSchedule,
+    direction: Callable[..., Direction],
+    *,
+    b1: ArrayLike,
+    weight_decay: ArrayLike,
+    mask: Any,
+    grid: str | Grid,
+    rounding: Rounding,
+    granularity: Granularity | None,
+    injection: Injection,
+    select: Select | None,
+    views: Mapping[Pattern, MatrixView | None] | None,
+    full_precision: optax.GradientTransformation,
+    key: jax.Array | int,
+    second_moment: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """The transform of any direction: which leaves, which learning rate, which state."""
+    grid = get_grid(grid)
+    if grid.kind == "uint":
+        raise ValueError(f"ECO needs a symmetric grid, not {grid.name!r}")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding {rounding!r} is neither 'nearest' nor 'stochastic'")
+    if injection not in ("paper", "decayed", "virtual", "exact", "none"):
+        raise ValueError(
+            f"injection {injection!r} is none of 'paper', 'decayed', 'virtual', "
+            "'exact', 'none'"
+        )
+    plans = functools.partial(
+        _plans, grid=grid, granularity=granularity, select=select, views=views
+    )
+    rest_tx = optax.with_extra_args_support(full_precision)
+
+    def rest_of(plan: dict[str, _Plan]) -> optax.GradientTransformationExtraArgs:
+        def others(tree: Any) -> Any:
+            return map_with_path(lambda path, _: path not in plan, tree)
+
+        return optax.masked(rest_tx, others, mask_compatible_extra_args=True)
+
+    def init(params: Any) -> EcoState:
+        plan = plans(params)
+        for path, leaf in leaves_with_paths(params):
+            if path in plan:
+                check_finite(path, leaf)
+
+        def zeros() -> Any:
+            def zero(path: str, leaf: Any) -> Any:
+                if path not in plan:
+                    return optax.MaskedNode()
+                # Derived from the leaf, so that it is sharded as the leaf is.
+                like = leaf.codes if isinstance(leaf, Quantized) else leaf
+                return jnp.zeros_like(like, dtype=_accumulator(leaf))
+
+            return map_with_path(zero, params)
+
+        random = rounding == "stochastic"
+        return EcoState(
+            count=jnp.zeros([], jnp.int32),
+            key=_typed_key(key) if random else None,
+            mu=zeros(),
+            nu=zeros() if second_moment else None,
+            residual=zeros() if injection == "exact" else None,
+            rest=rest_of(plan).init(params),
+        )
+
+    def update(
+        updates: Any, state: EcoState, params: Any = None, **extra: Any
+    ) -> tuple[Any, EcoState]:
+        if params is None:
+            raise ValueError("ECO quantises the weights: call update(..., params)")
+        plan = plans(params)
+        rest, rest_state = rest_of(plan).update(updates, state.rest, params, **extra)
+        rest = dict(leaves_with_paths(rest))
+        grads = dict(leaves_with_paths(updates))
+        mu, nu, owed = (
+            dict(leaves_with_paths(tree)) for tree in (state.mu, state.nu, state.residual)
+        )
+        decays = _decays(mask, params)
+        eta, eta_next = (
+            learning_rate(state.count + i) if callable(learning_rate) else learning_rate
+            for i in (0, 1)
+        )
+        step_key = None
+        if state.key is not None:
+            step_key = jax.random.fold_in(state.key, state.count)
+
+        new: dict[str, tuple[Any, Direction, Stepped]] = {}
+        for path, leaf in leaves_with_paths(params):
+            if path not in plan:
+                continue
+            g = _checked_gradient(path, grads, leaf)
+            theta = leaf.values() if isinstance(leaf, Quantized) else leaf
+            theta = theta.astype(mu[path].dtype)
+            noise = None
+            if step_key is not None:
+                noise = _uniform(fold_path(step_key, path), theta)
+            moved = direction(
+                g.astype(theta.dtype), mu[path], nu.get(path), state.count + 1, plan[path]
+            )
+            stored: list[Any] = []
+
+            def quantise(
+                x: jax.Array,
+                leaf: Any = leaf,
+                plan: _Plan = plan[path],
+                noise: Any = noise,
+                stored: list[Any] = stored,
+            ) -> jax.Array:
+                change, weight = _requantise(leaf, x, plan, noise)
+                stored.append(change)
+                return weight
+
+            stepped = feedback_step(
+                theta,
+                moved,
+                quantise,
+                eta=jnp.asarray(eta, theta.dtype),
+                b1=b1,
+                weight_decay=weight_decay if decays.get(path, True) else 0.0,
+                injection=injection,
+                residual=owed.get(path),
+                eta_next=jnp.asarray(eta_next, theta.dtype),
+            )
+            new[path] = (stored[0], moved, stepped)
+
+        def tree(pick: Callable[..., Any]) -> Any:
+            return map_with_path(
+                lambda path, _: pick(*new[path]) if path in new else optax.MaskedNode(),
+                params,
+            )
+
+        out = map_with_path(
+            lambda path, _: new[path][0] if path in new else rest[path], params
+        )
+        return out, EcoState(
+            count=optax.safe_increment(state.count),
+            key=state.key,
+            mu=tree(lambda _, moved, stepped: stepped.momentum),
+            nu=tree(lambda _, moved, stepped: moved.second) if second_moment else None,
+            residual=(
+                tree(lambda _, moved, stepped: stepped.residual)
+                if injection == "exact"
+                else None
+            ),
+            rest=rest_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _plans(
+    params: Any,
+    *,
+    grid: Grid,
+    granularity: Granularity | None,
+    select: Select | None,
+    views: Mapping[Pattern, MatrixView | None] | None,
+) -> dict[str, _Plan]:
+    """How each quantised leaf is quantised, by path."""
+    named = leaves_with_paths(params)
+    packed = {p: leaf for p, leaf in named if isinstance(leaf, Quantized)}
+    if not named:
+        return {}
+    if not packed:
+        if granularity is None:
+            small = grid.kind == "int" and grid.bits <= 4
+            granularity = "tensor" if small else "row"
+        chosen = quantizable(params, select, views)
+        ndim = {p: jnp.ndim(leaf) for p, leaf in named}
+        return {
+            p: _Plan(grid, matrix_block(view, ndim[p], granularity), view)
+            for p, view in chosen.items()
+        }
+    if select is not None:
+        raise ValueError(
+            f"select= is for dense parameters; here {len(packed)} leaves are packed "
+            "(Quantized), and they are what ECO trains: leave select= out, or choose "
+            "them in wlab.quant.quantize_tree"
+        )
+    out = {}
+    for path, leaf in packed.items():
+        if leaf.grid != grid:
+            raise ValueError(
+                f"leaf {path!r} of shape {leaf.shape} is packed on {leaf.grid.name}, "
+                f"but grid={grid.name!r}: give both the same grid"
+            )
+        view = leaf.view or MatrixView.of(1, 1)
+        if granularity is not None:
+            block = matrix_block(view, leaf.ndim, granularity)
+            if block != leaf._blocks:
+                raise ValueError(
+                    f"leaf {path!r} of shape {leaf.shape} is packed with scales of "
+                    f"shape {leaf.scale.shape}, which is not granularity="
+                    f"{granularity!r}: leave it out or pack the tree with it"
+                )
+        out[path] = _Plan(grid, leaf._blocks, view)
+    return out
+
+
+def _requantise(
+    leaf: Any, x: jax.Array, plan: _Plan, noise: jax.Array | None
+) -> tuple[Any, jax.Array]:
+    """The change that brings a stored leaf to q(x), and q(x) as it will be stored."""
+    scale, _ = block_scale(x, plan.grid, plan.block)
+    if not isinstance(leaf, Quantized):
+        q = quantize_blocks(x, plan.grid, plan.block, noise, scale=scale)
+        # Rounded as the parameter's dtype will round it, so that this is fed back too.
+        weight = q.values().astype(leaf.dtype).astype(x.dtype)
+        return weight - leaf.astype(x.dtype), weight
+    # Quantised against the scale that the addition of the difference will give.
+    change = scale - leaf.scale
+    scale = leaf.scale + change
+    q = quantize_blocks(x, plan.grid, plan.block, noise, scale=scale, view=leaf.view)
+    difference = Quantized(
+        codes=q.codes - leaf.codes,
+        scale=change,
+        zero=None,
+        grid=leaf.grid,
+        block=leaf.block,
+        dense_dtype=leaf.dense_dtype,
+        matrix_view=leaf.matrix_view,
+    )
+    return difference, q.values()
+
+
+def _accumulator(leaf: Any) -> Any:
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+
+
+def _uniform(key: jax.Array, like: jax.Array) -> jax.Array:
+    """Uniform noise, drawn where the leaf lives if its mesh axes are Explicit."""
+    sharding = jax.typeof(like).sharding
+    if sharding.mesh.empty or sharding.mesh.are_all_axes_auto:
+        sharding = None
+    return jax.random.uniform(key, like.shape, like.dtype, out_sharding=sharding)
+
+
+def _typed_key(key: jax.Array | int) -> jax.Array:
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.key(key)
+
+
+def _decays(mask: Any, params: Any) -> dict[str, bool]:
+    """Which leaves decay, by path; empty for all."""
+    if mask is None:
+        return {}
+    tree = mask(params) if callable(mask) else mask
+    return dict(leaves_with_paths(tree))
+
+
+def _checked_gradient(path: str, grads: dict[str, Any], leaf: Any) -> jax.Array:
+    g = grads.get(path)
+    if isinstance(g, Quantized) or (g is None and isinstance(leaf, Quantized)):
+        raise ValueError(
+            f"leaf {path!r} of shape {leaf.shape} is packed: take the gradient at "
+            "wlab.materialise(params), as an array of that shape"
+        )
+    if g is None or jnp.shape(g) != tuple(leaf.shape):
+        got = "missing" if g is None else f"of shape {jnp.shape(g)}"
+        raise ValueError(
+            f"the gradient of leaf {path!r} is {got}; the leaf has shape {leaf.shape}"
+        )
+    return g
+
+
+def _check_rates(**rates: Any) -> None:
+    for name, value in rates.items():
+        if isinstance(value, (int, float)) and not 0 < value < 1:
+            raise ValueError(f"{name}={value} must lie between 0 and 1, both excluded")

@@ -1,0 +1,230 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`Quantized`: a weight stored as codes of a few bits and scales."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wlab.core import MatrixView, Weight
+from wlab.core._shapes import (
+    gather_axis,
+    gather_labels,
+    reshape_blocks,
+    single_axis_gather,
+    window,
+)
+from wlab.quant._grid import Grid
+
+# How an axis shares scales: one for the whole axis, or one for each index. A larger
+# number is the length of a group of neighbours.
+WHOLE, EACH = 0, 1
+
+
+class Quantized(Weight):
+    """The array ``(value(codes) - zero) * scale``, each scale shared by a block.
+
+    The codes are unsigned integers (for float grids: bit patterns), so that a
+    difference of two such trees is again one, and `optax.apply_updates` adds it
+    exactly. Make one with `wlab.quant.quantize`.
+    """
+
+    codes: jax.Array  # grid.storage, of the weight's shape
+    scale: jax.Array  # float32, per axis: 1 (whole), n (each) or ceil(n / group)
+    zero: jax.Array | None  # float32, like scale, in units of codes; None for zero
+    grid: Grid = eqx.field(static=True)
+    block: tuple[int, ...] = eqx.field(static=True)  # WHOLE, EACH or a group length,
+    # for the last axes; those in front of them have a scale each
+    dense_dtype: Any = eqx.field(static=True)  # of the array that this stands for
+    matrix_view: MatrixView | None = eqx.field(static=True)
+
+    @property
+    def view(self) -> MatrixView | None:
+        """The axes read and written, if they are known."""
+        return self.matrix_view
+
+    @property
+    def size_in_bits(self) -> int:
+        """Bits that the codes, scales and zero points carry."""
+        arrays = [self.scale] if self.zero is None else [self.scale, self.zero]
+        extra = sum(math.prod(x.shape) * x.dtype.itemsize * 8 for x in arrays)
+        return math.prod(self.codes.shape) * self.grid.bits + extra
+
+    def aval(self) -> jax.core.ShapedArray:
+        """Shape and dtype, for jax."""
+        return jax.core.ShapedArray(self.codes.shape, self.dense_dtype)
+
+    def materialise(self) -> jax.Array:
+        """The dense array, computed in the dtype of the scales and rounded once."""
+        return self._decode(self.codes, self.scale, self.zero, self._blocks)
+
+    def values(self) -> jax.Array:
+        """The dense array in the dtype of the scales, before the last rounding."""
+        return self._replace(dtype=self.scale.dtype).materialise()
+
+    # --- cheaper ways ----------------------------------------------------------
+
+    def gather(self, indices: jax.Array, **params: Any) -> Any:
+        """Whole slices along one axis: only what is looked up is made dense."""
+        axis = single_axis_gather(self.shape, params)
+        blocks = self._blocks
+        if axis is None or blocks[axis] > EACH or params.get("fill_value") is not None:
+            return NotImplemented
+        n = self.ndim
+        batch = list(range(n, n + indices.ndim - 1))
+        kept = [i for i in range(n) if i != axis]
+
+        def take(x: jax.Array) -> jax.Array:
+            # A shared scale is looked up too: it carries the NaN that marks an index
+            # out of bounds, which codes cannot.
+            shape = (*x.shape[:axis], self.shape[axis], *x.shape[axis + 1 :])
+            return gather_axis(jnp.broadcast_to(x, shape), indices, axis, params)
+
+        dense = self._decode(
+            take(self.codes),
+            take(self.scale),
+            None if self.zero is None else take(self.zero),
+            (EACH,) * len(batch) + tuple(blocks[i] for i in kept),
+        )
+        labels = [*batch, *kept]
+        order = gather_labels(kept, batch, params)
+        return dense.transpose([labels.index(label) for label in order])
+
+    def transpose(self, permutation: tuple[int, ...]) -> "Quantized":
+        """Codes, scales and blocks permuted alike."""
+        blocks = self._blocks
+        view = self.matrix_view
+        return self._replace(
+            lambda x: x.transpose(permutation),
+            lambda x: x.transpose(permutation),
+            tuple(blocks[i] for i in permutation),
+            view and view.transpose(permutation),
+        )
+
+    def reshape(self, shape: tuple[int, ...]) -> Any:
+        """Exact where axes that share scales alike are split or merged."""
+        groups = reshape_blocks(self.shape, shape)
+        if groups is None:
+            return NotImplemented
+        blocks = self._blocks
+        new_blocks = [WHOLE] * len(shape)
+        for old_axes, new_axes in groups:
+            kinds = {blocks[i] for i in old_axes if self.shape[i] != 1} or {WHOLE}
+            if len(kinds) > 1:
+                return NotImplemented
+            (kind,) = kinds
+            wide = [i for i in new_axes if shape[i] != 1]
+            if kind > EACH and (len(old_axes) > 1 or len(wide) > 1):
+                return NotImplemented
+            for i in new_axes:
+                new_blocks[i] = kind
+        new = tuple(
+            1 if b == WHOLE else -(-n // b)
+            for n, b in zip(shape, new_blocks, strict=True)
+        )
+        view = self.matrix_view
+        return self._replace(
+            lambda x: x.reshape(shape),
+            lambda x: x.reshape(new),
+            tuple(new_blocks),
+            view and view.reshape(self.shape, shape),
+        )
+
+    def convert_element_type(self, dtype: Any) -> Any:
+        """Standing for another float dtype: the same codes."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return NotImplemented
+        if jnp.finfo(dtype).bits > jnp.finfo(self.dense_dtype).bits:
+            return NotImplemented  # a value that was rounded stays rounded
+        return self._replace(dtype=np.dtype(dtype))
+
+    def slice(
+        self,
+        starts: Sequence[Any],
+        sizes: Sequence[int],
+        strides: Sequence[int] | None = None,
+    ) -> Any:
+        """A window of the codes and of the scales."""
+        blocks = self._blocks
+        for n, size, block in zip(self.shape, sizes, blocks, strict=True):
+            if block > EACH and size != n:
+                return NotImplemented
+
+        def cut(x: jax.Array) -> jax.Array:
+            own = [b == EACH for b in blocks]
+            return window(
+                x,
+                [lo if o else 0 for lo, o in zip(starts, own, strict=True)],
+                [k if o else n for k, n, o in zip(sizes, x.shape, own, strict=True)],
+                strides and [s if o else 1 for s, o in zip(strides, own, strict=True)],
+            )
+
+        return self._replace(lambda x: window(x, starts, sizes, strides), cut)
+
+    def scannable(self) -> Any:
+        """Every array with axis 0 in front, each index with its own scale."""
+        blocks = self._blocks
+        if blocks[0] > EACH:
+            return NotImplemented
+        n = self.shape[0]
+        return self._replace(
+            scales=lambda x: jnp.broadcast_to(x, (n, *x.shape[1:])),
+            block=(EACH, *blocks[1:]),
+        )
+
+    # --- inside ----------------------------------------------------------------
+
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        """The block of every axis, also of those stacked since it was made."""
+        extra = self.codes.ndim - len(self.block)
+        return (EACH,) * extra + self.block[max(0, -extra) :]
+
+    def _decode(
+        self,
+        codes: jax.Array,
+        scale: Any,
+        zero: Any,
+        blocks: tuple[int, ...],
+    ) -> jax.Array:
+        values = self.grid.decode(codes, scale.dtype)
+        if zero is not None:
+            values = values - expand(zero, codes.shape, blocks)
+        return (values * expand(scale, codes.shape, blocks)).astype(self.dense_dtype)
+
+    def _replace(
+        self,
+        codes: Any = None,
+        scales: Any = None,
+        block: tuple[int, ...] | None = None,
+        view: Any = False,
+        dtype: Any = None,
+    ) -> "Quantized":
+        """A copy with functions applied to the codes and to scales and zero points."""
+        codes = codes or (lambda x: x)
+        scales = scales or (lambda x: x)
+        return Quantized(
+            codes=codes(self.codes),
+            scale=scales(self.scale),
+            zero=None if self.zero is None else scales(self.zero),
+            grid=self.grid,
+            block=self._blocks if block is None else block,
+            dense_dtype=dtype or self.dense_dtype,
+            matrix_view=self.matrix_view if view is False else view,
+        )
+
+
+def expand(
+    scale: jax.Array, shape: tuple[int, ...], blocks: tuple[int, ...]
+) -> jax.Array:
+    """Scales repeated within their groups, ready to broadcast against `shape`."""
+    for axis, (n, block) in enumerate(zip(shape, blocks, strict=True)):
+        if block > EACH:
+            scale = jnp.repeat(scale, block, axis=axis)
+            scale = jax.lax.slice_in_dim(scale, 0, n, axis=axis)
+    return scale

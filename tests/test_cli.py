@@ -32,6 +32,10 @@ class Config:
     learning_rate: float = 1e-3
     """Peak learning rate."""
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be positive, not {self.steps}")
+
 
 class Recipe(types.ModuleType):
     """A recipe that remembers how it was run."""
@@ -48,7 +52,7 @@ class Recipe(types.ModuleType):
         self.calls.append((config, out, progress))
         if self.error is not None:
             raise self.error
-        return Report(
+        report = Report(
             recipe="fake",
             title="A title",
             claim="A claim.",
@@ -61,6 +65,8 @@ class Recipe(types.ModuleType):
             versions={"jax": "0"},
             device={"platform": "cpu", "kind": "cpu", "count": 1, "cpus": 2},
         )
+        report.save(out)
+        return report
 
 
 @pytest.fixture
@@ -173,23 +179,14 @@ def test_runs_as_a_module():
 # Running a recipe.
 
 
-def test_run_prints_and_saves(recipe, capsys):
+def test_run_prints_what_the_recipe_saves(recipe, capsys):
     assert cli.main(["run", "fake"]) == 0
     assert recipe.calls == [(Config(), pathlib.Path("runs/fake"), True)]
     out = capsys.readouterr().out
     assert "A claim." in out and "one" in out and "1.5 *" in out
     report = Report.from_json(pathlib.Path("runs/fake/report.json").read_text())
     assert report.config["steps"] == 100
-    assert str(pathlib.Path("runs/fake/report.json")) in out
-    assert not pathlib.Path("runs/fake/report.png").exists()
-
-
-def test_run_saves_the_picture_of_a_recipe_that_draws_one(recipe, capsys):
-    from matplotlib.figure import Figure
-
-    recipe.figure = lambda report: Figure()
-    assert cli.main(["run", "fake", "--out", "here"]) == 0
-    assert pathlib.Path("here/report.png").read_bytes().startswith(b"\x89PNG")
+    assert "written to runs/fake" in out
 
 
 @pytest.mark.parametrize(
@@ -250,6 +247,7 @@ def test_run_help_lists_recipes_and_options(recipe, capsys):
         (["run", "fake", "--wings", "3"], ["no option --wings", "--help"]),
         (["run", "fake", "3"], ["no option 3", "--help"]),
         (["run", "fake", "--steps", "many"], ["--steps", "'many'"]),
+        (["run", "fake", "--steps", "0"], ["steps must be positive, not 0"]),
         (["run", "fake", "--steps"], ["--steps", "Missing value"]),
         (["run", "fake", "--grids", "int8,int5"], ["'int5'", "'int4'"]),
         (["run", "fake", "--grids"], ["--grids needs a value"]),
@@ -263,8 +261,8 @@ def test_bad_input_is_told_in_one_line(recipe, capsys, args, parts):
     assert not recipe.calls
 
 
-def test_a_long_message_is_whole_in_any_encoding(recipe, capsys):
-    value = "x" * 200 + " y" * 20
+def test_a_long_message_is_whole(recipe, capsys):
+    value = "x" * 100 + " y" * 20
     line = fails(capsys, "run", "fake", "--steps", value)
     assert line == (
         "wlab run fake: Error parsing --steps: invalid literal for int() with base "

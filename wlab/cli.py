@@ -21,7 +21,7 @@ import sys
 import tempfile
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import ModuleType
 from typing import Annotated, Any, NoReturn, get_args
 
@@ -210,7 +210,7 @@ def _show(name: str, *, as_json: bool) -> int:
 
 
 def _run(args: list[str]) -> int:
-    """Runs a recipe, prints its report and saves it."""
+    """Runs a recipe, which saves its report, and prints it."""
     if args[:1] in (["--help"], ["-h"]):
         print(_run_help())
         return 0
@@ -226,8 +226,7 @@ def _run(args: list[str]) -> int:
     progress = not options.no_progress
     report = recipe.run(options.config, out=options.out, progress=progress)
     report.print()
-    files = report.save(options.out, figure=getattr(recipe, "figure", None))
-    print("written: " + ", ".join(map(str, files)))
+    print(f"written to {options.out}")
     return 0
 
 
@@ -310,7 +309,7 @@ def _parse(name: str, recipe: ModuleType, args: list[str]) -> Any:
 
 
 @contextlib.contextmanager
-def _columns(count: int) -> Iterator[None]:
+def _columns(count: int) -> Generator[None]:
     """Sets the width of the terminal, as the environment tells it."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(count)

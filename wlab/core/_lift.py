@@ -24,6 +24,7 @@ from quax._primitives import scan_quax
 from quax._trace import _QuaxTrace, _QuaxTracer, core
 from quax._values import _dense
 
+from wlab.core._shapes import window
 from wlab.core._view import MatrixView
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -99,9 +100,7 @@ class Weight(quax.ArrayValue):
         raise TypeError(
             f"{type(self).__name__} of shape {self.shape} stands for an array and has "
             "no arithmetic of its own. Call the function through wlab.lift(fn), or use "
-            "the dense form, wlab.materialise(tree); an optimiser wrapper that "
-            "accumulates gradients in the shape of the parameters (optax.MultiSteps) "
-            "needs the dense form too."
+            "the dense form, wlab.materialise(tree)"
         )
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_arithmetic
@@ -156,6 +155,21 @@ def dispatch(primitive: Any, *args: Any, **params: Any) -> Any:
     if any(map(is_weight, args)):
         return lift(lambda *a: primitive.bind(*a, **params))(*args)
     return primitive.bind(*args, **params)
+
+
+def cut(
+    w: Any,
+    starts: Sequence[Any],
+    sizes: Sequence[int],
+    strides: Sequence[int] | None = None,
+) -> Any:
+    """A window of an array or of a weight: how a nested weight is sliced again."""
+    if is_weight(w):
+        out = w.slice(starts, sizes, strides)
+        if out is not NotImplemented:
+            return out
+        w = w.materialise()
+    return window(w, starts, sizes, strides)
 
 
 def _dense_value(x: Any) -> Any:

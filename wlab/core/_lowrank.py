@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wlab.core._lift import Weight, dispatch
+from wlab.core._lift import Weight, cut, dispatch
 from wlab.core._shapes import (
     gather_axis,
     gather_labels,
@@ -332,7 +332,7 @@ class LowRank(Weight):
         """A window of the base and of each factor."""
         stack, ins, outs = self._axes()
 
-        def cut(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+        def part(x: jax.Array, axes: Sequence[int]) -> jax.Array:
             extra = x.shape[len(axes) :]
             return window(
                 x,
@@ -342,18 +342,13 @@ class LowRank(Weight):
             )
 
         base = self.base
-        if isinstance(base, Weight):
-            part = base.slice(starts, sizes, strides)
-            if part is NotImplemented:
-                part = window(base.materialise(), starts, sizes, strides)
-            base = part
-        elif base is not None:
-            base = window(base, starts, sizes, strides)
+        if base is not None:
+            base = cut(base, starts, sizes, strides)
         return LowRank._make(
             base,
-            cut(self.a, (*stack, *ins)),
-            cut(self.b, (*stack, *outs)),
-            cut(self.scale, stack) if self.scale.ndim else self.scale,
+            part(self.a, (*stack, *ins)),
+            part(self.b, (*stack, *outs)),
+            part(self.scale, stack) if self.scale.ndim else self.scale,
             self._view,
         )
 

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder-only language model: RMSNorm, rotary positions, grouped queries, SwiGLU.
 
-The weights reach nothing but ``nn.Dense``, ``nn.DenseGeneral`` and ``nn.Embed``, so
+The weights reach nothing but `nn.Dense`, `nn.DenseGeneral` and `nn.Embed`, so
 that structured weights can take their place. The blocks are either written out one
-after another (``blocks_0``, ``blocks_1``, ...) or scanned (``blocks``, every parameter
+after another (`blocks_0`, `blocks_1`, ...) or scanned (`blocks`, every parameter
 with a leading layer axis); both, with or without rematerialisation, are the same
 function.
 """
@@ -22,24 +22,25 @@ __all__ = ["Decoder", "DecoderConfig", "tiny"]
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a ``Decoder``.
+    """The shape of a `Decoder`.
 
     Attributes:
-      vocab: number of tokens.
-      width: size of the residual stream.
-      depth: number of blocks.
-      heads: number of query heads.
-      kv_heads: number of key and value heads; divides ``heads``.
-      head_dim: size of a head; even, because rotary positions turn pairs.
-      hidden: size of the gated layer inside a block.
-      rope_base: the longest wavelength of the rotary positions is ``2 pi`` times this.
-      norm_eps: added to the mean square inside every norm.
-      tied: whether the head is the embedding's transpose.
-      scan: whether the blocks are one scan over stacked parameters.
-      remat: whether a block's activations are computed again in the backward pass.
-      dtype: dtype of the activations and matrix products. Softmax, norms, rotary
-        angles and logits are float32 whatever it is.
-      param_dtype: dtype in which the parameters are stored.
+        vocab: number of tokens.
+        width: size of the residual stream.
+        depth: number of blocks.
+        heads: number of query heads.
+        kv_heads: number of key and value heads; divides `heads`.
+        head_dim: size of a head; even, because rotary positions turn pairs.
+        hidden: size of the gated layer inside a block.
+        rope_base: the wavelengths of the rotary positions grow from `2 pi` tokens to
+            almost this many times as much.
+        norm_eps: added to the mean square inside every norm.
+        tied: whether the head is the embedding's transpose.
+        scan: whether the blocks are one scan over stacked parameters.
+        remat: whether a block's activations are computed again in the backward pass.
+        dtype: dtype of the activations and matrix products. Softmax, norms, rotary
+            angles and logits are float32 whatever it is.
+        param_dtype: dtype in which the parameters are stored.
     """
 
     vocab: int
@@ -61,7 +62,7 @@ class DecoderConfig:
         """Checks the sizes.
 
         Raises:
-          ValueError: if sizes are not positive or do not fit each other.
+            ValueError: if sizes are not positive or do not fit each other.
         """
         for name in (
             *("vocab", "width", "depth", "heads", "kv_heads", "head_dim", "hidden"),
@@ -87,17 +88,20 @@ class DecoderConfig:
 def tiny(**overrides: Any) -> DecoderConfig:
     """About a million parameters over bytes: trains on a laptop.
 
+    The blocks are scanned and rematerialised: at this size that takes the least time
+    and memory for a step on a CPU.
+
     Args:
-      **overrides: fields of ``DecoderConfig`` to set otherwise.
+        **overrides: fields of `DecoderConfig` to set otherwise.
 
     Returns:
-      The config.
+        The config.
 
     Examples:
-      >>> from wlab.models.decoder import tiny
-      >>> config = tiny(depth=2)
-      >>> config.width, config.depth
-      (128, 2)
+        >>> from wlab.models.decoder import tiny
+        >>> config = tiny(depth=2)
+        >>> config.width, config.depth
+        (128, 2)
     """
     config = DecoderConfig(
         vocab=256,
@@ -107,6 +111,8 @@ def tiny(**overrides: Any) -> DecoderConfig:
         kv_heads=2,
         head_dim=32,
         hidden=512,
+        scan=True,
+        remat=True,
     )
     return dataclasses.replace(config, **overrides)
 
@@ -115,12 +121,12 @@ def _rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     """Turns the pairs (i, i + half) of a head's channels by position-given angles.
 
     Args:
-      x: ``[batch, length, heads, head_dim]``.
-      positions: ``[length]``.
-      base: see ``DecoderConfig.rope_base``.
+        x: `[batch, length, heads, head_dim]`.
+        positions: `[length]`.
+        base: see `DecoderConfig.rope_base`.
 
     Returns:
-      The turned ``x``, in its own dtype; angles and turn are float32.
+        The turned `x`, in its own dtype; angles and turn are float32.
     """
     half = x.shape[-1] // 2
     wavelengths = base ** (jnp.arange(half, dtype=jnp.float32) / half)
@@ -169,7 +175,7 @@ class _Attention(nn.Module):
 
 
 class _GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+    """`down(silu(gate(x)) * up(x))`."""
 
     config: DecoderConfig
 
@@ -208,23 +214,23 @@ class _Block(nn.Module):
 class Decoder(nn.Module):
     """A causal language model over integer tokens.
 
-    Parameters: ``embed/embedding``; per block ``attention_norm/scale``,
-    ``attention/{query,key,value,out}/kernel``, ``mlp_norm/scale`` and
-    ``mlp/{gate,up,down}/kernel``, under ``blocks_0`` ... or, with ``scan``, under
-    ``blocks`` with a leading layer axis; ``final_norm/scale``; ``head/kernel`` unless
+    Parameters: `embed/embedding`; per block `attention_norm/scale`,
+    `attention/{query,key,value,out}/kernel`, `mlp_norm/scale` and
+    `mlp/{gate,up,down}/kernel`, under `blocks_0` ... or, with `scan`, under
+    `blocks` with a leading layer axis; `final_norm/scale`; `head/kernel` unless
     the head is tied.
 
     Attributes:
-      config: the sizes.
+        config: the sizes.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from wlab.models.decoder import Decoder, tiny
-      >>> model = Decoder(tiny(depth=1))
-      >>> tokens = jnp.zeros((2, 8), jnp.int32)
-      >>> variables = model.init(jax.random.key(0), tokens)
-      >>> model.apply(variables, tokens).shape
-      (2, 8, 256)
+        >>> import jax, jax.numpy as jnp
+        >>> from wlab.models.decoder import Decoder, tiny
+        >>> model = Decoder(tiny(depth=1))
+        >>> tokens = jnp.zeros((2, 8), jnp.int32)
+        >>> variables = model.init(jax.random.key(0), tokens)
+        >>> model.apply(variables, tokens).shape
+        (2, 8, 256)
     """
 
     config: DecoderConfig
@@ -234,14 +240,14 @@ class Decoder(nn.Module):
         """Predicts every next token.
 
         Args:
-          tokens: integers, ``[batch, length]``.
+            tokens: integers, `[batch, length]`.
 
         Returns:
-          float32 logits, ``[batch, length, vocab]``; those at position ``i`` depend on
-          ``tokens[:, : i + 1]`` only.
+            float32 logits, `[batch, length, vocab]`; those at position `i` depend on
+            `tokens[:, : i + 1]` only.
 
         Raises:
-          ValueError: if ``tokens`` is not a batch of rows of integers.
+            ValueError: if `tokens` is not a batch of rows of integers.
         """
         c = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):

@@ -100,12 +100,16 @@ def muon_direction(
     n_in, n_out = jax.eval_shape(lambda x: as_matrices(x, view), m).shape[-2:]
     ratio = (n_out / n_in) ** 0.5
 
-    @linalg.sharding_safe
+    whole = functools.partial(
+        linalg.sharding_safe, whole=(*view.inputs, *view.outputs)
+    )
+
+    @whole
     def orthogonal(m: jax.Array) -> jax.Array:
         x = linalg.orthogonalize(as_matrices(m, view), steps=ns_steps)
         return from_matrices(ratio * x, view, m.shape)
 
-    @linalg.sharding_safe
+    @whole
     def invert(e: jax.Array, m: jax.Array) -> jax.Array:
         # m = (m m^T)^(1/2) msign(m) = msign(m) (m^T m)^(1/2): the smaller of the two.
         x, y = as_matrices(m, view), as_matrices(e, view)
@@ -433,7 +437,9 @@ def eco_muon(
     if injection == "exact":
         raise ValueError("injection='exact' exists for eco_sgd only")
     if full_precision is None:
-        full_precision = optax.adamw(learning_rate, weight_decay=weight_decay, mask=mask)
+        full_precision = optax.adamw(
+            learning_rate, weight_decay=weight_decay, mask=mask
+        )
 
     def direction(g: Any, m: Any, v: Any, t: Any, plan: _Plan) -> Direction:
         del v, t
@@ -531,7 +537,8 @@ def _eco(
         rest = dict(leaves_with_paths(rest))
         grads = dict(leaves_with_paths(updates))
         mu, nu, owed = (
-            dict(leaves_with_paths(tree)) for tree in (state.mu, state.nu, state.residual)
+            dict(leaves_with_paths(tree))
+            for tree in (state.mu, state.nu, state.residual)
         )
         decays = _decays(mask, params)
         eta, eta_next = (
@@ -553,7 +560,11 @@ def _eco(
             if step_key is not None:
                 noise = _uniform(fold_path(step_key, path), theta)
             moved = direction(
-                g.astype(theta.dtype), mu[path], nu.get(path), state.count + 1, plan[path]
+                g.astype(theta.dtype),
+                mu[path],
+                nu.get(path),
+                state.count + 1,
+                plan[path],
             )
             stored: list[Any] = []
 

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Number grids, quantised weights, and how they are made."""
 
+from wlab.quant._activations import QuantizedInput as QuantizedInput
+from wlab.quant._activations import quantize_activations as quantize_activations
 from wlab.quant._grid import GRIDS as GRIDS
 from wlab.quant._grid import Grid as Grid
 from wlab.quant._grid import get_grid as get_grid
@@ -10,6 +12,7 @@ from wlab.quant._quantize import Rounding as Rounding
 from wlab.quant._quantize import block_scale as block_scale
 from wlab.quant._quantize import check_finite as check_finite
 from wlab.quant._quantize import fake_quantize as fake_quantize
+from wlab.quant._quantize import fake_quantize_tree as fake_quantize_tree
 from wlab.quant._quantize import matrix_block as matrix_block
 from wlab.quant._quantize import quantizable as quantizable
 from wlab.quant._quantize import quantize as quantize

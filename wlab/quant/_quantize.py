@@ -216,6 +216,27 @@ def quantize_tree(
     return map_with_path(one, params)
 
 
+def fake_quantize_tree(params: Any, grid: str | Grid, **options: Any) -> Any:
+    """The values of `quantize_tree` with the gradient of the identity.
+
+    Args:
+        params: a tree of arrays: the weights in full precision.
+        grid: a `Grid` or its name.
+        **options: as in `quantize_tree`.
+
+    Returns:
+        A tree of arrays, for a forward pass that sees quantised weights while the
+        optimiser moves those in full precision.
+    """
+    q = quantize_tree(jax.lax.stop_gradient(params), grid, **options)
+
+    def one(path: str, leaf: Any, w: Any) -> Any:
+        del path
+        return ste.straight_through(w, leaf.materialise()) if is_weight(leaf) else w
+
+    return map_with_path(one, q, params)
+
+
 def quantizable(
     params: Any,
     pattern: Select | None,

@@ -219,6 +219,33 @@ class Quantized(Weight):
         )
 
 
+class _Codes:
+    """The attribute that holds the codes: it refuses arithmetic on bit patterns.
+
+    A wrapper that averages or scales leaves without knowing them would turn codes into
+    meaningless floats and go on; here it stops.
+    """
+
+    def __get__(self, weight: Any, owner: Any = None) -> Any:
+        return self if weight is None else vars(weight)["codes"]
+
+    def __set__(self, weight: Any, codes: Any) -> None:
+        dtype = getattr(codes, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"the codes of a packed (Quantized) weight of shape {codes.shape} are "
+                f"bit patterns, but {dtype} was put in their place: something computes "
+                "with the leaves of the tree, as optax.MultiSteps, lookahead, averages "
+                "of parameters and scaling after ECO do. It needs the dense form: "
+                "wlab.materialise(params)"
+            )
+        vars(weight)["codes"] = codes
+
+
+# Pytrees are rebuilt attribute by attribute: this sees every way in.
+Quantized.codes = _Codes()  # type: ignore[assignment]
+
+
 def expand(
     scale: jax.Array, shape: tuple[int, ...], blocks: tuple[int, ...]
 ) -> jax.Array:

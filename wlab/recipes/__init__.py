@@ -3,9 +3,9 @@
 """One file per paper: the experiment that shows its claim against its baseline.
 
 A recipe is a module with a frozen dataclass ``Config``, the tiny setting
-``QUICK: Config`` and ``run(config, *, out, progress) -> Report``; with
-``figure(report)`` it draws the picture of its report. The names on the command
-line stand in :data:`wlab.methods.RECIPES`.
+``QUICK: Config`` and ``run(config, *, out, progress) -> Report``, which saves the
+report under ``out`` unless that is None. The names on the command line stand in
+:data:`wlab.methods.RECIPES`.
 """
 
 from wlab.recipes._figures import curves_and_tradeoff as curves_and_tradeoff

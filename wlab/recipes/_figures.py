@@ -179,11 +179,20 @@ def _draw_points(
             missing.append(f"{arm.name} diverged and has no point")
             continue
         style = styles(report)[arm.name]
-        bars = {}
-        for axis, name, mean in (("xerr", x_name, x), ("yerr", y_name, y)):
-            values = arm.figures[name]
-            bars[axis] = [[mean - min(values)], [max(values) - mean]]
-        axes.errorbar(x, y, **bars, color=style["color"], capsize=4, lw=1.5, fmt="none")
+        x_bar, y_bar = (
+            [[mean - min(arm.figures[name])], [max(arm.figures[name]) - mean]]
+            for name, mean in ((x_name, x), (y_name, y))
+        )
+        axes.errorbar(
+            x,
+            y,
+            xerr=x_bar,
+            yerr=y_bar,
+            color=style["color"],
+            capsize=4,
+            linewidth=1.5,
+            fmt="none",
+        )
         axes.scatter(
             x,
             y,
@@ -220,7 +229,7 @@ def _place_labels(axes: "Axes", points: list[tuple[str, float, float]]) -> None:
     shifts = itertools.product((14, 30, 60, 100, 150), range(-280, 281, 7), (1, -1))
     shifts = sorted(shifts, key=lambda shift: math.hypot(*shift[:2]))
     for index in sorted(range(len(points)), key=lambda index: -spots[index][1]):
-        label, *place = points[index]
+        label, *_ = points[index]
         x, y = spots[index]
         probe = axes.text(0, 0, label, fontsize=12)
         size = probe.get_window_extent()
@@ -249,7 +258,7 @@ def _place_labels(axes: "Axes", points: list[tuple[str, float, float]]) -> None:
         points_per_dot = 72 / axes.figure.dpi
         axes.annotate(
             label,
-            place,
+            points[index][1:],
             xytext=(side * dx * points_per_dot, dy * points_per_dot),
             textcoords="offset points",
             fontsize=12,

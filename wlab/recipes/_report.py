@@ -14,7 +14,7 @@ import numbers
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -411,7 +411,7 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def _replacing(path: pathlib.Path) -> Generator[pathlib.Path]:
     """Gives a path to write to, which takes the place of `path` when done."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

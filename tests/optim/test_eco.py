@@ -1,0 +1,530 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""ECO: its invariants, its memory, and what it does with bad input."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import wlab
+from tests import parity
+from wlab.optim import _eco
+from wlab.quant import Quantized, quantize_tree
+
+SHAPES = {
+    "blocks_0/attention/query/kernel": (8, 2, 3),
+    "blocks_0/attention/out/kernel": (2, 3, 8),
+    "blocks_0/mlp/up/kernel": (8, 11),
+}
+
+
+@pytest.fixture
+def params(key: jax.Array) -> Any:
+    """A small transformer's kinds of leaves, off the grid."""
+    keys = iter(jax.random.split(key, 8))
+    block: dict[str, Any] = {}
+    for path, shape in SHAPES.items():
+        *parts, leaf = path.split("/")[1:]
+        node = block
+        for part in parts:
+            node = node.setdefault(part, {})
+        node[leaf] = jax.random.normal(next(keys), shape)
+    block["attention_norm"] = {"scale": jnp.ones(8)}
+    block["mlp"]["up"]["bias"] = jnp.zeros(11)
+    return {
+        "blocks_0": block,
+        "embed": {"embedding": jax.random.normal(next(keys), (13, 8))},
+        "head": {"kernel": jax.random.normal(next(keys), (8, 13))},
+    }
+
+
+def gradients(dense: Any, seed: int) -> Any:
+    keys = optax.tree.split_key_like(jax.random.key(seed), dense)
+    return jax.tree.map(
+        lambda k, w: 0.3 * w + jax.random.normal(k, w.shape, w.dtype), keys, dense
+    )
+
+
+def train(tx: Any, params: Any, steps: int = 5) -> tuple[Any, Any]:
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(steps):
+        grads = gradients(wlab.materialise(params), i)
+        params, state = step(params, state, grads)
+    return params, state
+
+
+# --- Against the reference -------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["packed", "dense"])
+@pytest.mark.parametrize("grid", ["fp8", "int4"])
+@pytest.mark.parametrize("optimiser", ["sgdm", "adam", "adamw_wd", "sgdmw_virtual"])
+def test_the_transform_follows_the_reference(optimiser: str, grid: str, form: str):
+    """The same trajectories through `tx.update` and `optax.apply_updates`."""
+    with jax.enable_x64(True):
+        with np.load(parity.golden("eco")) as file:
+            golden = dict(file)
+        lr, b1, b2, eps, wd = golden["hyper"].tolist()
+        name = {"fp8": "fp8_e4m3", "int4": "int4"}[grid]
+        granularity = {"fp8": "row", "int4": "tensor"}[grid]
+        make = {
+            "sgdm": lambda **k: wlab.optim.eco_sgd(lr, b1, **k),
+            "adam": lambda **k: wlab.optim.eco(lr, b1, b2, eps, **k),
+            "adamw_wd": lambda **k: wlab.optim.eco(
+                lr, b1, b2, eps, wd, injection="decayed", **k
+            ),
+            "sgdmw_virtual": lambda **k: wlab.optim.eco_sgd(
+                lr, b1, wd, injection="virtual", **k
+            ),
+        }[optimiser]
+        tx = make(grid=name, granularity=granularity)
+        # The reference has outputs in rows: a Flax kernel is its transpose.
+        params = {"kernel": jnp.asarray(golden["w0"].T)}
+        params = quantize_tree(params, name, granularity=granularity)
+        if form == "dense":
+            params = wlab.materialise(params)
+        state = tx.init(params)
+        for t, g in enumerate(golden["grads"]):
+            updates, state = tx.update({"kernel": jnp.asarray(g.T)}, state, params)
+            params = optax.apply_updates(params, updates)
+            w = wlab.materialise(params)["kernel"]
+            tag = f"{optimiser}_{grid}_rtn"
+            np.testing.assert_allclose(w.T, golden[f"{tag}_w"][t], rtol=0, atol=1e-12)
+            m = np.asarray(state.mu["kernel"]).T
+            np.testing.assert_allclose(m, golden[f"{tag}_m"][t], rtol=0, atol=1e-10)
+
+
+# --- Invariants ------------------------------------------------------------------
+
+
+def test_the_virtual_sequence_moves_by_the_gradient():
+    """theta - eta b / (1 - b) m takes plain gradient steps; with decay likewise."""
+    with jax.enable_x64(True):
+        b1, eta = 0.9, 0.03
+        for lam in (0.0, 0.5):
+            keep = 1 - eta * lam
+            c = eta * b1 / (keep - b1)
+            key = jax.random.key(1)
+
+            def quantise(x: jax.Array) -> jax.Array:
+                q = wlab.quant.quantize(x, "int4", axis=-1)
+                return q.values()
+
+            theta = quantise(jax.random.normal(key, (6, 5), jnp.float64))
+            m = jnp.zeros_like(theta)
+            for i in range(20):
+                g = jax.random.normal(
+                    jax.random.fold_in(key, i), theta.shape, theta.dtype
+                )
+                before = theta - c * m
+                out = _eco.feedback_step(
+                    theta,
+                    _eco.sgd_direction(g, m, b1=b1),
+                    quantise,
+                    eta=eta,
+                    b1=b1,
+                    weight_decay=lam,
+                    injection="virtual",
+                )
+                theta, m = out.weight, out.momentum
+                moved = keep * before - eta * keep * (1 - b1) / (keep - b1) * g
+                np.testing.assert_allclose(theta - c * m, moved, rtol=0, atol=1e-13)
+
+
+def test_exact_feedback_follows_master_weights_under_a_schedule():
+    with jax.enable_x64(True):
+        schedule = optax.warmup_cosine_decay_schedule(0.0, 0.1, 4, 12)
+        tx = wlab.optim.eco_sgd(
+            schedule, 0.9, 0.2, grid="int4", granularity="row", injection="exact"
+        )
+        key = jax.random.key(0)
+        start = {"kernel": jax.random.normal(key, (6, 5), jnp.float64)}
+        params = quantize_tree(start, "int4")
+        state = tx.init(params)
+        master, m = params["kernel"].values(), jnp.zeros((6, 5))
+        for t in range(12):
+            g = jax.random.normal(jax.random.fold_in(key, t), (6, 5), jnp.float64)
+            updates, state = tx.update({"kernel": g}, state, params)
+            params = optax.apply_updates(params, updates)
+            m = 0.9 * m + 0.1 * g
+            eta = jnp.asarray(schedule(jnp.asarray(t, jnp.int32)), jnp.float64)
+            master = (1 - eta * 0.2) * master - eta * m
+            want = wlab.quant.quantize(master, "int4", axis=-1).values()
+            np.testing.assert_allclose(params["kernel"].values(), want, atol=1e-12)
+            owed = params["kernel"].values() + state.residual["kernel"]
+            np.testing.assert_allclose(owed, master, atol=1e-12)
+
+
+def test_nothing_lost_nothing_injected():
+    """With an identity for a quantiser, ECO is its optimiser to the bit."""
+    key = jax.random.key(0)
+    theta, g, m = jax.random.normal(key, (3, 7, 4))
+    v = jnp.abs(m)
+    t = jnp.asarray(3)
+    moved = _eco.adam_direction(g, m, v, t, b1=0.9, b2=0.98, eps=1e-9)
+    for injection in ("paper", "decayed", "none"):
+        out = _eco.feedback_step(
+            theta, moved, lambda x: x, eta=0.1, b1=0.9, injection=injection
+        )
+        assert (out.momentum == moved.momentum).all()
+        assert (out.weight == theta - 0.1 * moved.update).all()
+    adam = optax.scale_by_adam(0.9, 0.98, 1e-9)
+    state = optax.ScaleByAdamState(jnp.asarray(2), m, v)
+    want, _ = adam.update(g, state)
+    np.testing.assert_allclose(moved.update, want, rtol=1e-6)
+
+
+def test_a_weight_that_does_not_move_keeps_all_of_its_step():
+    """m' = m / b: nothing of the step is lost, so it is all owed."""
+    with jax.enable_x64(True):
+        theta = jnp.ones((4, 3))
+        g = 1e-3 * jax.random.normal(jax.random.key(0), theta.shape)
+        moved = _eco.sgd_direction(g, jnp.zeros_like(theta), b1=0.9)
+        out = _eco.feedback_step(theta, moved, lambda x: theta, eta=0.1, b1=0.9)
+        assert (out.weight == theta).all()
+        np.testing.assert_allclose(out.momentum, moved.momentum / 0.9, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("injection", "wanted"),
+    [
+        ("paper", lambda b, k, eta, lip: 2 / k),
+        (
+            "none",
+            lambda b, k, eta, lip: ((1 - b**2) + 2 * b * lip * eta) / (lip * eta * k),
+        ),
+    ],
+)
+def test_stationary_error_of_a_quadratic(injection: Any, wanted: Any):
+    """Independent rounding errors: the stationary variance has a closed form."""
+    b, eta, lip = 0.9, 0.1, 0.8
+    k = 2 * (1 - b**2) - lip * eta * (1 - b) ** 2
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        x, m = carry
+        noise = jax.random.normal(key, x.shape)
+        out = _eco.feedback_step(
+            x,
+            _eco.sgd_direction(lip * x, m, b1=b),
+            lambda y: y + noise,
+            eta=eta,
+            b1=b,
+            injection=injection,
+        )
+        return (out.weight, out.momentum), jnp.mean(out.weight**2)
+
+    start = (jnp.zeros(4000), jnp.zeros(4000))
+    keys = jax.random.split(jax.random.key(0), 1500)
+    _, power = jax.jit(lambda: jax.lax.scan(step, start, keys))()
+    want = wanted(b, k, eta, lip)
+    np.testing.assert_allclose(power[500:].mean(), want, rtol=0.02)
+
+
+def test_muon_inverse_undoes_the_orthogonalisation(key: jax.Array):
+    for shape, view in (
+        ((3, 6, 4), wlab.MatrixView.of(1, 1)),
+        ((4, 2, 3, 5), wlab.MatrixView.of(3, 1)),
+        ((5, 2, 7), wlab.MatrixView.of(1, 2)),
+    ):
+        m = jax.random.normal(key, shape)
+        zero = jnp.zeros(shape)
+        moved = _eco.muon_direction(m / 0.05, zero, view, b1=0.95, ns_steps=5)
+        x = wlab.core.as_matrices(moved.momentum, view)
+        u, _, vt = jnp.linalg.svd(x, full_matrices=False)
+        ratio = (x.shape[-1] / x.shape[-2]) ** 0.5
+        exact = wlab.core.from_matrices(ratio * (u @ vt), view, shape)
+        back = moved.invert(exact)
+        np.testing.assert_allclose(back, moved.momentum, rtol=1e-3, atol=1e-4)
+        # Newton-Schulz brings singular values near one.
+        norms = jnp.linalg.svd(
+            wlab.core.as_matrices(moved.update, view) / ratio, compute_uv=False
+        )
+        assert norms.min() > 0.5 and norms.max() < 1.5
+
+
+# --- Forms, chains and wrappers --------------------------------------------------
+
+
+def optimisers(**options: Any) -> dict[str, Any]:
+    return {
+        "eco": wlab.optim.eco(0.03, weight_decay=0.1, **options),
+        "eco_sgd": wlab.optim.eco_sgd(0.3, weight_decay=0.1, **options),
+        "eco_muon": wlab.optim.eco_muon(0.03, weight_decay=0.1, **options),
+    }
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("grid", ["fp8_e4m3", "int8", "int4"])
+@pytest.mark.parametrize("name", ["eco", "eco_sgd", "eco_muon"])
+def test_packed_and_dense_agree_and_stay_on_the_grid(
+    name: str, grid: str, rounding: Any, params: Any
+):
+    granularity = "tensor" if grid == "int4" else "row"
+    packed = quantize_tree(params, grid, granularity=granularity)
+    tx = optimisers(grid=grid, rounding=rounding)[name]
+    tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
+    left, _ = train(tx, packed)
+    right, _ = train(tx, wlab.materialise(packed))
+    chex.assert_trees_all_close(wlab.materialise(left), right, rtol=0, atol=3e-5)
+    again = quantize_tree(right, grid, granularity=granularity)
+    chex.assert_trees_all_close(wlab.materialise(again), right, rtol=1e-6, atol=1e-6)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), right, params)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_which_leaves_are_quantised(params: Any):
+    packed = quantize_tree(params, "fp8_e4m3")
+    named = wlab.core.leaves_with_paths(packed)
+    assert {p for p, w in named if isinstance(w, Quantized)} == set(SHAPES)
+    tx = wlab.optim.eco(1e-2, select="*up/kernel")
+    state = tx.init(params)
+    held = {p for p, _ in wlab.core.leaves_with_paths(state.mu)}
+    assert held == {"blocks_0/mlp/up/kernel"}
+
+
+def test_other_leaves_are_adamw(params: Any):
+    tx = wlab.optim.eco(1e-2, weight_decay=0.1)
+    got, _ = train(tx, params)
+    want, _ = train(optax.adamw(1e-2, 0.9, 0.98, 1e-9, weight_decay=0.1), params)
+    for path in ("embed", "head"):
+        chex.assert_trees_all_equal(got[path], want[path])
+
+
+def test_mask_keeps_leaves_from_decay(params: Any):
+    mask = wlab.core.select(params, ["*", "!*up/kernel"])
+    zero = optax.tree.zeros_like(params)
+    tx = wlab.optim.eco_sgd(0.1, 0.9, 1.0, mask, grid="int8")
+    updates, _ = tx.update(zero, tx.init(params), params)
+    updates = dict(wlab.core.leaves_with_paths(updates))
+    up, query = "blocks_0/mlp/up/kernel", "blocks_0/attention/query/kernel"
+    before = dict(wlab.core.leaves_with_paths(params))
+    # One step of the grid at most without decay, a tenth of the weight with it.
+    assert abs(updates[up]).max() < abs(before[up]).max() / 127
+    assert abs(updates[query]).max() > abs(before[query]).max() / 20
+
+
+def test_inject_hyperparams(params: Any):
+    packed = quantize_tree(params, "fp8_e4m3")
+    tx = optax.inject_hyperparams(wlab.optim.eco)(learning_rate=3e-2)
+    got, state = train(tx, packed)
+    want, _ = train(wlab.optim.eco(3e-2), packed)
+    assert float(state.hyperparams["learning_rate"]) == pytest.approx(3e-2)
+    chex.assert_trees_all_close(
+        wlab.materialise(got), wlab.materialise(want), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_multi_steps_on_the_dense_form(params: Any, rounding: Any):
+    inner = wlab.optim.eco(3e-2, rounding=rounding)
+    start = wlab.materialise(quantize_tree(params, "fp8_e4m3"))
+    tx = optax.MultiSteps(inner, 2)
+    held, state = start, tx.init(start)
+    grads = [gradients(start, i) for i in range(2)]
+    for g in grads:
+        updates, state = tx.update(g, state, held)
+        held = optax.apply_updates(held, updates)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+    updates, _ = inner.update(mean, inner.init(start), start)
+    want = optax.apply_updates(start, updates)
+    chex.assert_trees_all_close(held, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.MultiSteps(tx, 2),
+        lambda tx: optax.chain(tx, optax.scale(0.5)),
+        lambda tx: optax.chain(tx, optax.add_decayed_weights(0.1)),
+        lambda tx: optax.chain(optax.add_decayed_weights(0.1), tx),
+        lambda tx: optax.contrib.schedule_free(tx, 1e-2),
+    ],
+)
+def test_wrappers_that_compute_with_packed_leaves_are_told(params: Any, wrap: Any):
+    """An error that names the dense form, not wrong codes."""
+    packed = quantize_tree(params, "fp8_e4m3")
+    tx = wrap(wlab.optim.eco(1e-2))
+
+    def step() -> None:
+        grads = gradients(wlab.materialise(packed), 0)
+        updates, _ = tx.update(grads, tx.init(packed), packed)
+        optax.apply_updates(packed, updates)
+
+    with pytest.raises(TypeError, match=r"dense form.*wlab\.materialise"):
+        step()
+
+
+def test_wrappers_that_only_choose_carry_packed_leaves(params: Any):
+    packed = quantize_tree(params, "fp8_e4m3")
+    want, _ = train(wlab.optim.eco(1e-2), packed)
+    for wrap in (
+        lambda tx: optax.masked(tx, wlab.core.map_with_path(lambda *_: True, packed)),
+        lambda tx: optax.named_chain(("clip", optax.clip(1e3)), ("eco", tx)),
+    ):
+        got, _ = train(wrap(wlab.optim.eco(1e-2)), packed)
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_parameters_feed_back_their_own_rounding():
+    """What bfloat16 takes from the grid's value is owed too."""
+    start = {"kernel": jax.random.normal(jax.random.key(0), (16, 8), jnp.bfloat16)}
+    tx = wlab.optim.eco_sgd(0.1, grid="int8")
+    state = tx.init(start)
+    assert state.mu["kernel"].dtype == jnp.float32
+    g = {"kernel": jnp.ones((16, 8), jnp.bfloat16)}
+    updates, state = tx.update(g, state, start)
+    new = optax.apply_updates(start, updates)
+    assert new["kernel"].dtype == jnp.bfloat16
+    tilde = start["kernel"].astype(jnp.float32) - 0.1 * 0.1
+    e = tilde - new["kernel"].astype(jnp.float32)
+    want = 0.1 + (1 - 1 / 0.9) / 0.1 * e
+    np.testing.assert_allclose(state.mu["kernel"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate_zero_moves_and_injects_nothing(params: Any):
+    packed = quantize_tree(params, "fp8_e4m3")
+    for rate in (0.0, lambda count: 0.0 * count):
+        for name in ("eco", "eco_sgd", "eco_muon"):
+            tx = getattr(wlab.optim, name)(rate)
+            got, state = train(tx, packed, steps=2)
+            chex.assert_tree_all_finite(state)
+            chex.assert_trees_all_close(
+                wlab.materialise(got), wlab.materialise(packed), rtol=1e-6
+            )
+
+
+def test_stochastic_rounding_depends_on_key_step_and_path_only(params: Any):
+    packed = quantize_tree(params, "fp8_e4m3")
+
+    def codes(tx: Any, tree: Any) -> Any:
+        new, _ = train(tx, tree, steps=2)
+        return {
+            p: w.codes
+            for p, w in wlab.core.leaves_with_paths(new)
+            if isinstance(w, Quantized)
+        }
+
+    def tx(key: Any) -> Any:
+        return wlab.optim.eco_sgd(0.3, rounding="stochastic", key=key)
+
+    one, same, other = (codes(tx(k), packed) for k in (0, jax.random.key(0), 1))
+    chex.assert_trees_all_equal(one, same)
+    assert any((one[p] != other[p]).any() for p in one)
+
+
+# --- Memory ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "granularity", "wanted"),
+    [("fp8_e4m3", "row", 9.0), ("int8", "row", 9.0), ("int4", "tensor", 8.5)],
+)
+def test_bytes_a_parameter_in_the_compiled_step(
+    grid: str, granularity: Any, wanted: float
+):
+    """Weights, momentum and second moment, with everything donated."""
+    n_in, n_out = 512, 384
+    dense = {"kernel": jnp.ones((n_in, n_out))}
+    params = quantize_tree(dense, grid, granularity=granularity)
+    tx = wlab.optim.eco(1e-3, grid=grid)
+    state = tx.init(params)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, dense)
+    memory = lowered.compile().memory_analysis()
+    size = n_in * n_out
+    scales = 4 * (n_out if granularity == "row" else 1)
+    small = 64  # counters, one by one
+    held = memory.argument_size_in_bytes - 4 * size
+    assert wanted * size + scales <= held <= wanted * size + scales + small
+    assert held - small <= memory.alias_size_in_bytes <= held
+    # Nothing of the size of the weights beside them: the step is fused.
+    assert memory.temp_size_in_bytes <= 0.2 * size
+    assert wlab.core.bits.size_in_bits((params, state)) / 8 == pytest.approx(
+        held, abs=small
+    )
+
+
+# --- Bad input -------------------------------------------------------------------
+
+
+def test_values_out_of_range_are_errors_when_built():
+    with pytest.raises(ValueError, match="'fp8_e4m4'; near: fp8_e4m3"):
+        wlab.optim.eco(1e-3, grid="fp8_e4m4")
+    with pytest.raises(ValueError, match=r"b1=0\.0 must lie between 0 and 1"):
+        wlab.optim.eco(1e-3, b1=0.0)
+    with pytest.raises(ValueError, match="neither 'nearest' nor 'stochastic'"):
+        wlab.optim.eco(1e-3, rounding="up")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="injection 'some' is none of"):
+        wlab.optim.eco(1e-3, injection="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="depends on the next gradient"):
+        wlab.optim.eco(1e-3, injection="exact")
+    with pytest.raises(ValueError, match="symmetric grid, not 'uint4'"):
+        wlab.optim.eco(1e-3, grid="uint4")
+
+
+def test_trees_that_do_not_fit_are_errors_that_name_the_leaf(params: Any):
+    tx = wlab.optim.eco(1e-3)
+    packed = quantize_tree(params, "int8")
+    with pytest.raises(ValueError, match=r"kernel' of shape .* packed on int8"):
+        tx.init(packed)
+    with pytest.raises(ValueError, match="select= is for dense parameters"):
+        wlab.optim.eco(1e-3, grid="int8", select="*").init(packed)
+    with pytest.raises(ValueError, match="matches no leaf; near: "):
+        wlab.optim.eco(1e-3, select="*kernels").init(params)
+    with pytest.raises(ValueError, match="which is not granularity='tensor'"):
+        wlab.optim.eco(1e-3, grid="int8", granularity="tensor").init(packed)
+    params["blocks_0"]["mlp"]["up"]["kernel"] *= jnp.nan
+    with pytest.raises(ValueError, match=r"'blocks_0/mlp/up/kernel' .* 88 NaN"):
+        tx.init(params)
+
+
+def test_gradients_that_do_not_fit_are_errors_that_name_the_leaf(params: Any):
+    packed = quantize_tree(params, "fp8_e4m3")
+    tx = wlab.optim.eco(1e-3)
+    state = tx.init(packed)
+    grads = wlab.materialise(packed)
+    with pytest.raises(ValueError, match=r"call update\(\.\.\., params\)"):
+        tx.update(grads, state)
+    with pytest.raises(ValueError, match=r"take the gradient at wlab\.materialise"):
+        tx.update(packed, state, packed)
+    grads["blocks_0"]["mlp"]["up"]["kernel"] = jnp.ones((2, 2))
+    with pytest.raises(
+        ValueError, match=r"'blocks_0/mlp/up/kernel' is of shape \(2, 2"
+    ):
+        tx.update(grads, state, packed)
+
+
+def test_nan_gradients_stay_visible(params: Any):
+    packed = quantize_tree(params, "fp8_e4m3")
+    grads = optax.tree.full_like(wlab.materialise(packed), jnp.nan)
+    tx = wlab.optim.eco(1e-2)
+    updates, _ = tx.update(grads, tx.init(packed), packed)
+    new = wlab.materialise(optax.apply_updates(packed, updates))
+    assert all(bool(jnp.isnan(w).all()) for w in jax.tree.leaves(new))
+
+
+def test_a_row_of_zeros_stays_a_row_of_zeros():
+    w = jnp.ones((6, 3)).at[:, 1].set(0.0)
+    packed = quantize_tree({"kernel": w}, "fp8_e4m3")
+    tx = wlab.optim.eco_sgd(0.1)
+    grads = {"kernel": jnp.zeros((6, 3))}
+    updates, state = tx.update(grads, tx.init(packed), packed)
+    new = optax.apply_updates(packed, updates)
+    assert (new["kernel"].scale[:, 1] == 1).all()
+    assert (wlab.materialise(new)["kernel"][:, 1] == 0).all()
+    chex.assert_tree_all_finite(state.mu)

@@ -1,0 +1,5 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Flax models that the recipes need: real architectures in small files."""
+
+from wlab.models import decoder as decoder

@@ -38,6 +38,7 @@ def test_order_changes_with_the_epoch_and_the_seed():
 
 def test_a_batch_may_be_larger_than_the_text():
     assert take(batches(batch=25), 2).shape == (2, 25, 10)
+    assert take(batches(batch=1), 2).shape == (2, 1, 10)
 
 
 def test_a_restored_iterator_goes_on_alike():

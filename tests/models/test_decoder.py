@@ -159,6 +159,14 @@ def test_rotary_turns_by_the_angle_of_the_position():
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def test_rotary_angles_are_float32_for_narrow_activations():
+    x = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
+    got = decoder._rotate(x, jnp.asarray([3001]), 100.0)
+    assert got.dtype == jnp.bfloat16
+    want = [np.cos(3001) - np.sin(3001), np.cos(3001) + np.sin(3001)]
+    np.testing.assert_allclose(got.ravel().astype(jnp.float32), want, atol=0.01)
+
+
 def test_attention_against_numpy(tokens, variables):
     """One attention layer, written out position by position."""
     p = jax.device_get(variables["params"]["blocks_0"]["attention"])

@@ -25,7 +25,8 @@ Select = Pattern | Sequence[Pattern] | Callable[[str, Any], bool]
 _NORM = re.compile(r"(?i).*norm(_?\d+)?$|^(ln|bn)(_?\w*)$")
 _HEAD = re.compile(r"(?i)^(lm_?head|head|logits?|classifier|unembed(ding)?)(_?\d+)?$")
 _CONV = re.compile(r"(?i).*conv(transpose)?(_?\d+)?$|^(stem|patch_?embed\w*)$")
-_SPLIT_HEADS = re.compile(r"(?i)^([qkv]|qkv|query|key|value)(_?proj)?(_?\d+)?$")
+_SPLIT_HEADS = re.compile(r"(?i)^([qkv]|query|key|value)(_?proj)?(_?\d+)?$")
+_FUSED_HEADS = re.compile(r"(?i)^qkv(_?proj)?(_?\d+)?$")
 _JOIN_HEADS = re.compile(r"(?i)^(o|out|output)(_?proj)?(_?\d+)?$")
 _SCANNED = re.compile(r"^(Scan|Vmap)[A-Z]\w*$")
 _NOT_MATRIX = re.compile(
@@ -52,9 +53,23 @@ def path_of(key_path: Sequence[Any]) -> str:
 
 
 def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
-    """Normalised path and leaf, for each leaf; a structured weight is one leaf."""
+    """Normalised path and leaf, for each leaf; a structured weight is one leaf.
+
+    Raises:
+        ValueError: if two leaves have the same normalised path.
+    """
     flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_weight)
-    return [(path_of(p), leaf) for p, leaf in flat]
+    named = [(path_of(p), leaf) for p, leaf in flat]
+    known: dict[str, Any] = {}
+    for (path, _), (key_path, _) in zip(named, flat, strict=True):
+        if path in known:
+            full = [jax.tree_util.keystr(p) for p in (known[path], key_path)]
+            raise ValueError(
+                f"two leaves of the tree have the path {path!r}: {full[0]} and "
+                f"{full[1]}; rename one, or use one part of the tree alone"
+            )
+        known[path] = key_path
+    return named
 
 
 def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -98,7 +113,7 @@ def select(tree: Any, pattern: Select) -> Any:
         several = not isinstance(pattern, (str, re.Pattern))
         patterns = tuple(pattern) if several else (pattern,)
         chosen = set()
-        if not any(_sign(p)[0] for p in patterns):
+        if patterns and not any(_sign(p)[0] for p in patterns):
             chosen = set(paths)  # only exclusions: out of everything
         for p in patterns:
             positive, positive_pattern = _sign(p)
@@ -304,8 +319,11 @@ def _infer(
     role = "head" if any(map(_HEAD.match, (*modules, name))) else "kernel"
     if ndim >= 3 and (_CONV.match(module) or any(map(_CONV.match, modules))):
         return "conv", MatrixView.of(ndim - 1, 1)
-    if ndim >= 3 and (_SPLIT_HEADS.match(module) or _SPLIT_HEADS.match(name)):
+    if ndim >= 3 and (_FUSED_HEADS.match(module) or _FUSED_HEADS.match(name)):
         return role, MatrixView.of(1, ndim - 1)
+    # Heads and their channels are two axes: what there is more is stacked.
+    if ndim >= 3 and (_SPLIT_HEADS.match(module) or _SPLIT_HEADS.match(name)):
+        return role, MatrixView.of(1, 2)
     if ndim >= 3 and (_JOIN_HEADS.match(module) or _JOIN_HEADS.match(name)):
-        return role, MatrixView.of(ndim - 1, 1)
+        return role, MatrixView.of(2, 1)
     return role, MatrixView.of(1, 1)

@@ -53,7 +53,8 @@ def windows(
         {'next_index': 1}
     """
     source = _source(tokens, batch, length)
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch)
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    dataset = dataset.batch(batch, drop_remainder=True)
     # The text is in memory: a thread would wait for the interpreter, not for a disk.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(dataset.to_iter_dataset(options))

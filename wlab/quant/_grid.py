@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -52,9 +53,7 @@ class Grid(NamedTuple):
             return jnp.clip(_round(x, noise), low, self.largest)
         # Saturate first, so that nothing rounds up past the largest value.
         x = jnp.clip(x, -self.largest, self.largest)
-        _, exponent = jnp.frexp(x)  # |x| in [2**(e-1), 2**e)
-        exponent = jnp.maximum(exponent - 1, self.exponent) - self.mantissa
-        step = jnp.ldexp(jnp.ones_like(x), exponent)
+        step = jnp.maximum(_power_of_two(x), 2.0**self.exponent) * 2.0**-self.mantissa
         return jnp.clip(_round(x / step, noise) * step, -self.largest, self.largest)
 
     def encode(self, values: jax.Array) -> jax.Array:
@@ -78,6 +77,14 @@ class Grid(NamedTuple):
         if self.kind == "float":
             return _FLOATS[self.name]
         return {2: jnp.int2, 4: jnp.int4, 8: jnp.int8}[self._width]
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of two not above |x|: x with its sign and mantissa cleared."""
+    info = jnp.finfo(x.dtype)
+    word = jnp.dtype(f"uint{info.bits}")
+    exponent = np.array(((1 << info.nexp) - 1) << info.nmant, word)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, word) & exponent, x.dtype)
 
 
 def _round(x: jax.Array, noise: jax.Array | None) -> jax.Array:

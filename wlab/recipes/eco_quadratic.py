@@ -20,9 +20,16 @@ import numpy as np
 import optax
 
 import wlab
-from wlab.recipes import Arm, Curve, Finding, Metric, Report, Stopwatch
-from wlab.recipes import curves_and_tradeoff
-from wlab.train import progress_bar
+from wlab.recipes import (
+    Arm,
+    Curve,
+    Finding,
+    Metric,
+    Report,
+    Stopwatch,
+    curves_and_tradeoff,
+)
+from wlab.train import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,17 +94,18 @@ def run(
     rates = sorted(config.rates, reverse=True)
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     losses: dict[str, list[list[float]]] = {}
-    with progress_bar(len(_ARMS) * len(rates), enabled=progress) as bar:
+    with Progress(show=None if progress else False) as bars:
         for name, (rounding, injection) in _ARMS.items():
             arm = functools.partial(
                 _final_loss, config, rounding=rounding, injection=injection
             )
             arm = jax.jit(jax.vmap(arm, (0, None, None)))
             losses[name] = []
+            bar = bars.add(name, steps=len(rates))
             for rate in rates:
                 steps = math.ceil(config.time / rate)
                 losses[name].append(np.asarray(arm(keys, rate, steps)).tolist())
-                bar.advance(f"{name}, learning rate {rate:g}")
+                bar(len(losses[name]), {"loss": losses[name][-1]})
     metrics = {
         f"loss_{rate:g}": Metric(f"loss at {rate:g}", format=".2e") for rate in rates
     }
@@ -117,7 +125,7 @@ def run(
             curves={
                 "loss": Curve([1 / r for r in rates], np.asarray(by_rate).T.tolist())
             },
-            baseline=name == "master weights",
+            baseline=name.startswith("naive"),
         )
         for name, by_rate in losses.items()
     ]
@@ -242,7 +250,7 @@ def _findings(
             f"{ratio('naive nearest', 'ECO nearest'):.1f} times",
         ),
         Finding(
-            f"naive stochastic loses more than 1.5 times what ECO stochastic does, {at}",
+            f"naive stochastic loses more than 1.5 times as much as ECO's, {at}",
             ratio("naive stochastic", "ECO stochastic") > 1.5,
             f"{ratio('naive stochastic', 'ECO stochastic'):.2f} times",
         ),

@@ -220,6 +220,16 @@ def _stored_form(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    elif isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
+        # A type under explicit axes knows the axes, the context knows the devices.
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty:
+            raise ValueError(
+                f"the template has a leaf {_type_of(leaf)} sharded over "
+                f"{sharding.mesh.axis_names} of no mesh: restore it within "
+                "jax.set_mesh(mesh)"
+            )
+        sharding = jax.NamedSharding(mesh, sharding.spec)
     return jax.ShapeDtypeStruct(form.shape, form.dtype, sharding=sharding)
 
 

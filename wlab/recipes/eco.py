@@ -1,0 +1,377 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""ECO on real text: a language model trained with quantised weights only.
+
+A decoder over bytes is trained from scratch with AdamW. Weights in FP8 have a scale
+for each output and go with activations in FP8, as in the paper's pretraining; weights
+in INT4 have one scale for each matrix. Each grid is compared with full-precision
+master weights under the same quantised forward pass, and with rounding the weights at
+every step without any memory of what is lost (arXiv 2601.22101, table 1).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import wlab
+from wlab import data, quant, train
+from wlab.models.decoder import Decoder, tiny
+from wlab.recipes import (
+    Arm,
+    Curve,
+    Finding,
+    Metric,
+    Report,
+    Stopwatch,
+    curves_and_tradeoff,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A small decoder on the text that comes with Python.
+
+    Attributes:
+      grids: number grids of the weights; fp8 grids quantise activations too.
+      seeds: how many seeds, one after another.
+      steps: optimiser steps of each arm.
+      batch: sequences in a batch.
+      length: tokens (bytes) of a sequence.
+      learning_rate: the peak, after a warm-up over a tenth of the steps; a cosine
+        then brings it down to a tenth of it.
+      weight_decay: of AdamW, for every arm.
+      text: pydoc, stdlib or python (both).
+      width: of the decoder.
+      depth: of the decoder.
+      evaluations: how often the held-out text is read.
+    """
+
+    grids: tuple[str, ...] = ("fp8_e4m3",)
+    seeds: int = 1
+    steps: int = 400
+    batch: int = 8
+    length: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    text: str = "python"
+    width: int = 128
+    depth: int = 4
+    evaluations: int = 10
+
+
+QUICK = Config(steps=12, batch=2, length=32, width=32, depth=1, evaluations=2)
+
+_RULES: dict[str, dict[str, Any]] = {
+    "ECO nearest": {"rounding": "nearest", "injection": "paper"},
+    "ECO stochastic": {"rounding": "stochastic", "injection": "paper"},
+    "naive nearest": {"rounding": "nearest", "injection": "none"},
+    "naive stochastic": {"rounding": "stochastic", "injection": "none"},
+}
+
+
+class _Plan(NamedTuple):
+    """One arm before it runs."""
+
+    name: str
+    grid: str | None  # None: full precision
+    rule: str | None  # None: full-precision (master) weights
+
+
+class _Task(NamedTuple):
+    """What the arms of a grid share."""
+
+    loss: train.LossFn
+    evaluate: Callable[[Any], Mapping[str, Any]]
+
+
+def run(
+    config: Config, *, out: pathlib.Path | None = None, progress: bool = True
+) -> Report:
+    """Train every arm on the same batches and compare on held-out text.
+
+    Args:
+        config: the setting.
+        out: where report.json, report.png and the metrics go; None: nowhere.
+        progress: whether to show bars on a terminal.
+
+    Returns:
+        The report.
+    """
+    plans = _plans(config)
+    watch = Stopwatch.start()
+    corpus = data.text(config.text)  # type: ignore[arg-type]
+    model = Decoder(
+        tiny(width=config.width, depth=config.depth, hidden=4 * config.width)
+    )
+    held_out = data.valid_windows(
+        corpus.valid, batch=config.batch, length=config.length, limit=16
+    )
+    # Compiled once: the arms of a grid differ in their optimiser only.
+    init = jax.jit(lambda key: model.init(key, held_out[0, :, :-1])["params"])
+    pack = functools.cache(
+        lambda grid: jax.jit(
+            functools.partial(
+                quant.quantize_tree, grid=grid, granularity=_granularity(grid)
+            )
+        )
+    )
+
+    @functools.cache
+    def task(grid: str | None, master: bool) -> _Task:
+        loss = _loss(model, grid, master)
+        return _Task(loss, train.make_evaluate(loss, held_out))
+
+    arms = []
+    with train.Progress(show=None if progress else False) as bars:
+        for plan in plans:
+
+            def start(seed: int, plan: _Plan = plan) -> Any:
+                params = init(jax.random.key(seed))
+                return params if plan.rule is None else pack(plan.grid)(params)
+
+            arms.append(
+                _train(
+                    config,
+                    plan,
+                    task(plan.grid, plan.rule is None),
+                    start,
+                    corpus.train,
+                    bars.add(plan.name, config.steps * config.seeds),
+                    out,
+                )
+            )
+    report = Report(
+        recipe="eco",
+        title=f"AdamW on {corpus.train.size / 1e6:.1f} MB of {config.text} text, "
+        f"{config.steps} steps of {config.batch * config.length} bytes",
+        claim=(
+            "Without master weights, ECO trains quantised weights nearly as well as "
+            "with them, and rounding alone does not."
+        ),
+        config=dataclasses.asdict(config) | {"digest": corpus.digest},
+        seeds=range(config.seeds),
+        metrics={
+            "bits_per_byte": Metric("held-out loss", "bits per byte", format=".4f"),
+            "bytes": Metric("weights and state", "bytes a parameter", format=".2f"),
+            "kernel_bytes": Metric("of the kernels", "bytes a parameter", format=".2f"),
+            "ms": Metric("step", "ms", lower_is_better=None, format=".0f"),
+        },
+        arms=arms,
+        started=watch.started,
+        seconds=watch.seconds,
+        findings=[f for grid in config.grids for f in _findings(grid, arms)],
+    )
+    if out is not None:
+        report.save(out, figure=figure)
+    return report
+
+
+def figure(report: Report) -> "Figure":
+    """Held-out loss over training, and at the end against memory."""
+    final = [np.mean(arm.figures["bits_per_byte"]) for arm in report.arms]
+    starts = [np.mean(arm.curves["bits_per_byte"].values, 0) for arm in report.arms]
+    finite = [x for x in final if np.isfinite(x)] or [8.0]
+    # From the second reading on: the first would flatten all that follows.
+    top = max(
+        (float(np.nanmax(x[1:])) for x in starts if len(x) > 2), default=max(finite)
+    )
+    low = min(finite)
+    return curves_and_tradeoff(
+        report,
+        curve="bits_per_byte",
+        x_metric="bytes",
+        y_metric="bits_per_byte",
+        y_limits=(low - 0.05 * (top - low), top) if top > low else None,
+    )
+
+
+def _plans(config: Config) -> list[_Plan]:
+    """The arms of the comparison; bad grids are told before anything runs."""
+    plans = [_Plan("FP32", None, None)]
+    if not config.grids or config.seeds < 1 or config.evaluations < 1:
+        raise ValueError("grids, seeds and evaluations must not be empty or zero")
+    if config.steps < 10:
+        raise ValueError(f"steps={config.steps} must be at least 10")
+    for grid in config.grids:
+        if quant.get_grid(grid).kind == "uint":
+            raise ValueError(f"grid {grid} has no sign: take fp8_e4m3, int8 or int4")
+        plans.append(_Plan(f"{grid} master weights", grid, None))
+        plans.extend(_Plan(f"{grid} {rule}", grid, rule) for rule in _RULES)
+    return plans
+
+
+def _train(
+    config: Config,
+    plan: _Plan,
+    task: _Task,
+    start: Callable[[int], Any],
+    tokens: np.ndarray,
+    bar: Callable[[int, Mapping[str, Any]], None],
+    out: pathlib.Path | None,
+) -> Arm:
+    """One arm over its seeds; the step is compiled once for all of them."""
+    tx = _optimizer(config, plan)
+    step = train.make_train_step(task.loss, tx)
+    losses, speeds, curves, history = [], [], [], {}
+    sizes: dict[str, float] = {}
+    for seed in range(config.seeds):
+        params = start(seed)
+        state = train.init_state(params, tx)
+        sizes = _sizes(state)
+        clock = _Clock(functools.partial(_advance, bar, seed * config.steps))
+        batches = data.windows(
+            tokens, batch=config.batch, length=config.length, seed=seed
+        )
+        with _writer(out, plan.name, seed) as writer:
+            state, history = train.fit(
+                step,
+                state,
+                batches,
+                steps=config.steps,
+                every=max(1, config.steps // 40),
+                evaluate=task.evaluate,
+                evaluate_every=max(1, config.steps // config.evaluations),
+                metrics=writer,
+                progress=clock,
+            )
+        curve = np.asarray(train.bits(history["valid_loss"]))
+        losses.append(float(curve[-1]))
+        curves.append(curve)
+        speeds.append(clock.milliseconds_a_step())
+    return Arm(
+        plan.name,
+        {"bits_per_byte": losses, "ms": speeds} | {k: [v] for k, v in sizes.items()},
+        settings={"grid": plan.grid, **(_RULES[plan.rule] if plan.rule else {})},
+        curves={"bits_per_byte": Curve(history["valid_step"], curves)},
+        baseline=plan.rule is not None and plan.rule.startswith("naive"),
+    )
+
+
+def _writer(out: pathlib.Path | None, name: str, seed: int) -> Any:
+    """Where one run's records go."""
+    if out is None:
+        return contextlib.nullcontext()
+    stem = f"{name.replace(' ', '-')}-{seed}"
+    return train.MetricsWriter(out / "metrics" / f"{stem}.jsonl")
+
+
+def _loss(model: Decoder, grid: str | None, master: bool) -> train.LossFn:
+    """The next-token loss under a quantised forward pass."""
+    apply = wlab.lift(lambda params, tokens: model.apply({"params": params}, tokens))
+
+    def loss(params: Any, batch: jax.Array) -> jax.Array:
+        if grid is not None and master:
+            params = quant.fake_quantize_tree(
+                params, grid, granularity=_granularity(grid)
+            )
+        if grid is not None and grid.startswith("fp8"):
+            params = quant.quantize_activations(params, grid)
+        return train.next_token_loss(apply(params, batch[:, :-1]), batch)
+
+    return loss
+
+
+def _optimizer(config: Config, plan: _Plan) -> optax.GradientTransformation:
+    """AdamW as in the paper, with or without ECO."""
+    peak = config.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.01 * peak, peak, config.steps // 10, config.steps, 0.1 * peak
+    )
+    rates = {"b1": 0.9, "b2": 0.98, "eps": 1e-9, "weight_decay": config.weight_decay}
+    if plan.rule is None:
+        tx = optax.adamw(schedule, **rates)
+    else:
+        assert plan.grid is not None
+        tx = wlab.optim.eco(
+            schedule,
+            **rates,
+            grid=plan.grid,
+            granularity=_granularity(plan.grid),
+            **_RULES[plan.rule],
+        )
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+
+def _granularity(grid: str) -> quant.Granularity:
+    """The paper's: a scale for each row in FP8 and INT8, for each matrix in INT4."""
+    return (
+        "tensor" if grid.startswith("int") and quant.get_grid(grid).bits <= 4 else "row"
+    )
+
+
+def _sizes(state: train.TrainState) -> dict[str, float]:
+    """Bytes a parameter of what is kept between steps: of all, and of the kernels."""
+    leaves = wlab.core.leaves_with_paths(state.params)
+    count = sum(leaf.size for _, leaf in leaves)
+    bits = wlab.core.bits.size_in_bits((state.params, state.opt_state))
+    kernels = [leaf for path, leaf in leaves if path.endswith("kernel")]
+    elements = sum(leaf.size for leaf in kernels)
+    # Two moments in float32 beside each weight, in every arm.
+    held = wlab.core.bits.size_in_bits(kernels) + 64 * elements
+    return {"bytes": bits / 8 / count, "kernel_bytes": held / 8 / elements}
+
+
+class _Clock:
+    """Passes records on to a bar, and times the steps between the first and last."""
+
+    def __init__(self, bar: Any):
+        self._bar = bar
+        self._marks: list[tuple[int, float]] = []
+
+    def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._bar(step, metrics)
+        if "loss" in metrics:
+            self._marks.append((step, time.perf_counter()))
+
+    def milliseconds_a_step(self) -> float:
+        """The median interval: some of the others hold an evaluation."""
+        times = [
+            (t1 - t0) / (s1 - s0)
+            for (s0, t0), (s1, t1) in itertools.pairwise(self._marks)
+        ]
+        return 1e3 * float(np.median(times)) if times else float("nan")
+
+
+def _advance(bar: Any, done: int, step: int, metrics: Mapping[str, Any]) -> None:
+    bar(done + step, metrics)
+
+
+def _findings(grid: str, arms: list[Arm]) -> list[Finding]:
+    """What the paper claims, beside what this run shows."""
+    loss = {arm.name: arm.mean("bits_per_byte") for arm in arms}
+    master = loss[f"{grid} master weights"]
+    eco_near, eco_sr, naive_near, naive_sr = (loss[f"{grid} {rule}"] for rule in _RULES)
+    gap, naive_gap = eco_sr - master, naive_sr - master
+    out = [
+        Finding(
+            f"{grid}: ECO stochastic ends below naive stochastic",
+            eco_sr < naive_sr,
+            f"{eco_sr:.4f} against {naive_sr:.4f}",
+        ),
+        Finding(
+            f"{grid}: its distance to master weights is at most 0.75 of the naive one",
+            gap <= 0.75 * naive_gap,
+            f"{gap:+.4f} against {naive_gap:+.4f}",
+        ),
+    ]
+    if grid.startswith("fp8"):
+        out.append(
+            Finding(
+                f"{grid}: ECO nearest ends at least 0.1 below naive nearest",
+                eco_near <= naive_near - 0.1,
+                f"{eco_near:.4f} against {naive_near:.4f}",
+            )
+        )
+    return out

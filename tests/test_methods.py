@@ -3,6 +3,7 @@
 """The table of methods agrees with itself and with the package."""
 
 import importlib.util
+import pathlib
 import re
 import subprocess
 import sys
@@ -84,3 +85,8 @@ def test_the_table_needs_nothing_but_the_standard_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "['wlab']"
+
+
+def test_the_readme_has_the_table_as_it_is():
+    readme = pathlib.Path(__file__).parents[1] / "README.md"
+    assert methods.markdown() in readme.read_text(encoding="utf-8")

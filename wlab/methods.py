@@ -792,3 +792,14 @@ def find(slug: str) -> Method:
     raise ValueError(
         f"there is no method {slug!r}{near(slug, slugs) or '; see: wlab list'}"
     )
+
+
+def markdown() -> str:
+    """The table of all methods as the README has it."""
+    rows = ["| method | paper | kind | room | state |", "|---|---|---|---|---|"]
+    for m in METHODS:
+        paper = f"[{m.title}](https://arxiv.org/abs/{m.arxiv})"
+        name = f"**{m.slug}**" if m.ready else m.slug
+        state = "ready" if m.ready else "to come"
+        rows.append(f"| {name} | {paper} | {m.kind} | {m.family} | {state} |")
+    return "\n".join(rows)

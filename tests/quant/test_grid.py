@@ -186,7 +186,7 @@ def test_names_of_grids():
     assert get_grid(GRIDS["int4"]) is GRIDS["int4"]
     with pytest.raises(ValueError, match="'fp8_e4m4'; near: fp8_e4m3"):
         get_grid("fp8_e4m4")
-    with pytest.raises(ValueError, match="'int9'; near: .*int"):
+    with pytest.raises(ValueError, match=r"'int9'; near: .*int"):
         get_grid("int9")
-    with pytest.raises(ValueError, match="'zzz'; grids: fp8_e4m3, .*uint8"):
+    with pytest.raises(ValueError, match=r"'zzz'; grids: fp8_e4m3, .*uint8"):
         get_grid("zzz")

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.extend.core as jexc
+import jax.numpy as jnp
 import quax
 from jax import lax
 from jaxtyping import ArrayLike
@@ -188,14 +189,14 @@ def _or_dense(result: Any, primitive: Any, args: Sequence[Any], params: Any) -> 
 
 @quax.register(lax.dot_general_p)
 def _(x: ArrayLike, w: Weight, *, dimension_numbers: Any, **params: Any) -> Any:
-    out = w.dot_general(x, dimension_numbers, left=False, **params)
+    out = w.dot_general(jnp.asarray(x), dimension_numbers, left=False, **params)
     params["dimension_numbers"] = dimension_numbers
     return _or_dense(out, lax.dot_general_p, (x, w), params)
 
 
 @quax.register(lax.dot_general_p)
 def _(w: Weight, x: ArrayLike, *, dimension_numbers: Any, **params: Any) -> Any:
-    out = w.dot_general(x, dimension_numbers, left=True, **params)
+    out = w.dot_general(jnp.asarray(x), dimension_numbers, left=True, **params)
     params["dimension_numbers"] = dimension_numbers
     return _or_dense(out, lax.dot_general_p, (w, x), params)
 
@@ -210,13 +211,14 @@ def _(w: Weight, v: Weight, *, dimension_numbers: Any, **params: Any) -> Any:
 
 @quax.register(lax.conv_general_dilated_p)
 def _(x: ArrayLike, w: Weight, **params: Any) -> Any:
-    out = w.conv_general_dilated(x, **params)
+    out = w.conv_general_dilated(jnp.asarray(x), **params)
     return _or_dense(out, lax.conv_general_dilated_p, (x, w), params)
 
 
 @quax.register(lax.gather_p)
 def _(w: Weight, indices: ArrayLike, **params: Any) -> Any:
-    return _or_dense(w.gather(indices, **params), lax.gather_p, (w, indices), params)
+    out = w.gather(jnp.asarray(indices), **params)
+    return _or_dense(out, lax.gather_p, (w, indices), params)
 
 
 @quax.register(lax.transpose_p)

@@ -191,11 +191,11 @@ class LowRank(Weight):
         self,
         inputs: jax.Array,
         *,
-        dimension_numbers: Any,
-        feature_group_count: int,
-        batch_group_count: int,
-        precision: Any,
-        preferred_element_type: Any,
+        dimension_numbers: Any = None,
+        feature_group_count: int = 1,
+        batch_group_count: int = 1,
+        precision: Any = None,
+        preferred_element_type: Any = None,
         **params: Any,
     ) -> Any:
         """A convolution into r channels, then a product with `b`."""

@@ -9,6 +9,7 @@ says which is which, in the way of `optax.contrib.MuonDimensionNumbers`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -98,7 +99,7 @@ class MatrixView(NamedTuple):
     ) -> "MatrixView":
         """The view that optax's dimension numbers say for an array of `ndim` axes."""
 
-        def side(axes: int | tuple[int, ...]) -> tuple[int, ...]:
+        def side(axes: int | Sequence[int]) -> tuple[int, ...]:
             axes = (axes,) if isinstance(axes, int) else tuple(axes)
             return tuple(a % ndim - ndim for a in axes)
 

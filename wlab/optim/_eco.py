@@ -28,7 +28,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from wlab.core import (
     MatrixView,
@@ -37,13 +36,16 @@ from wlab.core import (
     as_matrices,
     fold_path,
     from_matrices,
+    is_weight,
     leaves_with_paths,
     linalg,
     map_with_path,
 )
 from wlab.quant import (
+    Granularity,
     Grid,
     Quantized,
+    Rounding,
     block_scale,
     check_finite,
     get_grid,
@@ -51,8 +53,8 @@ from wlab.quant import (
     quantizable,
     quantize_blocks,
 )
-from wlab.quant import Granularity, Rounding
 
+Scalar = float | jax.Array
 Injection = Literal["paper", "decayed", "virtual", "exact", "none"]
 
 
@@ -68,9 +70,13 @@ class Direction(NamedTuple):
     invert: Callable[[jax.Array], jax.Array]  # the inverse of U at this m
 
 
-def sgd_direction(g: jax.Array, m: jax.Array, *, b1: ArrayLike) -> Direction:
+def _average(old: jax.Array, new: jax.Array, decay: Scalar) -> jax.Array:
+    return decay * old + (1 - decay) * new
+
+
+def sgd_direction(g: jax.Array, m: jax.Array, *, b1: Scalar) -> Direction:
     """Momentum as an average: ``m = b1 m + (1 - b1) g``; the update is m itself."""
-    m = b1 * m + (1 - b1) * g
+    m = _average(m, g, b1)
     return Direction(m, None, m, lambda e: e)
 
 
@@ -80,29 +86,26 @@ def adam_direction(
     v: jax.Array,
     t: jax.Array,
     *,
-    b1: ArrayLike,
-    b2: ArrayLike,
-    eps: ArrayLike,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
 ) -> Direction:
     """Adam's update with bias correction; `t` counts from 1."""
-    m = b1 * m + (1 - b1) * g
-    v = b2 * v + (1 - b2) * jnp.square(g)
+    m, v = _average(m, g, b1), _average(v, jnp.square(g), b2)
     correction = 1 - jnp.asarray(b1, m.dtype) ** t
     root = jnp.sqrt(v / (1 - jnp.asarray(b2, v.dtype) ** t)) + eps
     return Direction(m, v, m / correction / root, lambda e: correction * root * e)
 
 
 def muon_direction(
-    g: jax.Array, m: jax.Array, view: MatrixView, *, b1: ArrayLike, ns_steps: int
+    g: jax.Array, m: jax.Array, view: MatrixView, *, b1: Scalar, ns_steps: int
 ) -> Direction:
     """Muon's update ``sqrt(out / in) (m m^T)^(-1/2) m`` of each matrix of the leaf."""
-    m = b1 * m + (1 - b1) * g
+    m = _average(m, g, b1)
     n_in, n_out = jax.eval_shape(lambda x: as_matrices(x, view), m).shape[-2:]
     ratio = (n_out / n_in) ** 0.5
 
-    whole = functools.partial(
-        linalg.sharding_safe, whole=(*view.inputs, *view.outputs)
-    )
+    whole = functools.partial(linalg.sharding_safe, whole=(*view.inputs, *view.outputs))
 
     @whole
     def orthogonal(m: jax.Array) -> jax.Array:
@@ -138,12 +141,12 @@ def feedback_step(
     direction: Direction,
     quantise: Callable[[jax.Array], jax.Array],
     *,
-    eta: ArrayLike,
-    b1: ArrayLike,
-    weight_decay: ArrayLike = 0.0,
+    eta: Scalar,
+    b1: Scalar,
+    weight_decay: Scalar = 0.0,
     injection: Injection = "paper",
     residual: jax.Array | None = None,
-    eta_next: ArrayLike | None = None,
+    eta_next: Scalar | None = None,
 ) -> Stepped:
     """One step of one leaf: move, quantise, and put the residual into the momentum.
 
@@ -165,7 +168,8 @@ def feedback_step(
     m = direction.momentum
     inverse = _inverse(eta)
     if injection == "exact":
-        owed = jnp.where(eta > 0, e, residual)
+        assert residual is not None and eta_next is not None
+        owed = jnp.where(jnp.asarray(eta) > 0, e, residual)
         keep_next = 1 - eta_next * weight_decay
         m = m + keep * inverse * residual - keep_next * _inverse(eta_next) / b1 * owed
         return Stepped(tilde, weight, m, owed)
@@ -179,7 +183,7 @@ def feedback_step(
     return Stepped(tilde, weight, m, e)
 
 
-def _inverse(eta: ArrayLike) -> jax.Array:
+def _inverse(eta: Scalar) -> jax.Array:
     """1 / eta, and 0 for 0: a step that moves nothing loses nothing."""
     moving = jnp.asarray(eta) > 0
     return jnp.where(moving, 1 / jnp.where(moving, eta, 1), 0)
@@ -209,10 +213,10 @@ class _Plan(NamedTuple):
 
 def eco(
     learning_rate: optax.ScalarOrSchedule,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.98,
-    eps: ArrayLike = 1e-9,
-    weight_decay: ArrayLike = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.98,
+    eps: Scalar = 1e-9,
+    weight_decay: Scalar = 0.0,
     mask: Any = None,
     *,
     grid: str | Grid = "fp8_e4m3",
@@ -279,8 +283,8 @@ def eco(
         ...     grads = jax.grad(loss)(wlab.materialise(params))
         ...     updates, state = tx.update(grads, state, params)
         ...     params = optax.apply_updates(params, updates)
-        >>> print(loss(wlab.materialise(params)) < 5.0, params["dense"]["kernel"].codes.dtype)
-        True uint8
+        >>> bool(loss(wlab.materialise(params)) < 5.0)
+        True
     """
     _check_rates(b1=b1, b2=b2)
     if injection == "exact":
@@ -317,8 +321,8 @@ def eco(
 
 def eco_sgd(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: ArrayLike = 0.9,
-    weight_decay: ArrayLike = 0.0,
+    momentum: Scalar = 0.9,
+    weight_decay: Scalar = 0.0,
     mask: Any = None,
     *,
     grid: str | Grid = "fp8_e4m3",
@@ -386,8 +390,8 @@ def eco_sgd(
 
 def eco_muon(
     learning_rate: optax.ScalarOrSchedule,
-    b1: ArrayLike = 0.95,
-    weight_decay: ArrayLike = 0.0,
+    b1: Scalar = 0.95,
+    weight_decay: Scalar = 0.0,
     mask: Any = None,
     *,
     ns_steps: int = 5,
@@ -466,8 +470,8 @@ def _eco(
     learning_rate: optax.ScalarOrSchedule,
     direction: Callable[..., Direction],
     *,
-    b1: ArrayLike,
-    weight_decay: ArrayLike,
+    b1: Scalar,
+    weight_decay: Scalar,
     mask: Any,
     grid: str | Grid,
     rounding: Rounding,
@@ -479,7 +483,7 @@ def _eco(
     key: jax.Array | int,
     second_moment: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transform of any direction: which leaves, which learning rate, which state."""
+    """The transform of any direction: which leaves, which rate, which state."""
     grid = get_grid(grid)
     if grid.kind == "uint":
         raise ValueError(f"ECO needs a symmetric grid, not {grid.name!r}")
@@ -501,7 +505,7 @@ def _eco(
 
         return optax.masked(rest_tx, others, mask_compatible_extra_args=True)
 
-    def init(params: Any) -> EcoState:
+    def init(params: Any) -> Any:
         plan = plans(params)
         for path, leaf in leaves_with_paths(params):
             if path in plan:
@@ -528,8 +532,8 @@ def _eco(
         )
 
     def update(
-        updates: Any, state: EcoState, params: Any = None, **extra: Any
-    ) -> tuple[Any, EcoState]:
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("ECO quantises the weights: call update(..., params)")
         plan = plans(params)
@@ -602,7 +606,7 @@ def _eco(
             lambda path, _: new[path][0] if path in new else rest[path], params
         )
         return out, EcoState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             key=state.key,
             mu=tree(lambda _, moved, stepped: stepped.momentum),
             nu=tree(lambda _, moved, stepped: moved.second) if second_moment else None,
@@ -635,6 +639,12 @@ def _plans(
             small = grid.kind == "int" and grid.bits <= 4
             granularity = "tensor" if small else "row"
         chosen = quantizable(params, select, views)
+        for path, leaf in named:
+            if path in chosen and is_weight(leaf):
+                raise TypeError(
+                    f"leaf {path!r} of shape {leaf.shape} is a {type(leaf).__name__}: "
+                    "ECO trains arrays and Quantized weights; leave it out of select="
+                )
         ndim = {p: jnp.ndim(leaf) for p, leaf in named}
         return {
             p: _Plan(grid, matrix_block(view, ndim[p], granularity), view)

@@ -84,7 +84,8 @@ def _power_of_two(x: jax.Array) -> jax.Array:
     info = jnp.finfo(x.dtype)
     word = jnp.dtype(f"uint{info.bits}")
     exponent = np.array(((1 << info.nexp) - 1) << info.nmant, word)
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, word) & exponent, x.dtype)
+    bits = lax.bitcast_convert_type(x, word) & exponent
+    return lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _round(x: jax.Array, noise: jax.Array | None) -> jax.Array:

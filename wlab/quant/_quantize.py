@@ -62,7 +62,7 @@ def quantize(
         one with a NaN or an infinity becomes NaN throughout, never a number.
 
     Raises:
-        TypeError: if `w` is not a float array.
+        TypeError: if `w` is not a float array, or is a structured weight.
         ValueError: for a grid or rounding that is none, an axis that `w` does not
             have, a group that is not positive, or a missing key.
 
@@ -73,6 +73,7 @@ def quantize(
          [  0.42857146 -14.       ]]
     """
     grid = get_grid(grid)
+    _check_dense("an array", w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(
             f"quantize: an array of dtype {w.dtype} and shape {w.shape} has no scale; "
@@ -197,7 +198,7 @@ def quantize_tree(
         The tree with `Quantized` in place of the selected leaves.
 
     Raises:
-        TypeError: for a selected leaf that is not a float array.
+        TypeError: for a selected leaf that is not a float array, or is packed already.
         ValueError: for an empty tree, a pattern that matches nothing, a selected leaf
             that is no matrix or holds NaN or infinity (where values are known).
     """
@@ -208,6 +209,7 @@ def quantize_tree(
         if path not in chosen:
             return leaf
         view = chosen[path]
+        _check_dense(f"leaf {path!r}", leaf)
         check_finite(path, leaf)
         block = matrix_block(view, leaf.ndim, granularity, group)
         noise = _noise(leaf, rounding, None if key is None else fold_path(key, path))
@@ -302,7 +304,8 @@ def check_finite(path: str, leaf: Any) -> None:
         return
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return
-    bad = int(jnp.sum(~jnp.isfinite(leaf)))
+    with jax.ensure_compile_time_eval():  # under jit, a constant is known too
+        bad = int(jnp.sum(~jnp.isfinite(leaf)))
     if bad:
         raise ValueError(
             f"leaf {path!r} of shape {tuple(leaf.shape)} holds {bad} NaN or infinite "
@@ -310,20 +313,29 @@ def check_finite(path: str, leaf: Any) -> None:
         )
 
 
+def _check_dense(name: str, leaf: Any) -> None:
+    if is_weight(leaf):
+        raise TypeError(
+            f"{name} of shape {tuple(leaf.shape)} is a {type(leaf).__name__}, not an "
+            "array: quantise its dense form, wlab.materialise(params), or leave it out "
+            "of select="
+        )
+
+
 def _reduce(x: jax.Array, block: tuple[int, ...], fn: Any) -> jax.Array:
-    """Maximum or minimum over blocks, with the reduced axes kept."""
+    """Maximum or minimum with zero over blocks, with the reduced axes kept."""
     for axis, b in enumerate(block):
         if b == EACH:
             continue
         n = x.shape[axis]
         if b == WHOLE or b >= n:
-            x = fn(x, axis=axis, keepdims=True)
+            x = fn(x, axis=axis, keepdims=True, initial=0)  # for axes of size 0 too
             continue
         # A last group that is shorter is filled with its own edge.
         pad = [(0, 0)] * x.ndim
         pad[axis] = (0, -n % b)
         x = jnp.pad(x, pad, mode="edge") if n % b else x
-        shape = (*x.shape[:axis], -1, b, *x.shape[axis + 1 :])
+        shape = (*x.shape[:axis], -(-n // b), b, *x.shape[axis + 1 :])
         x = fn(x.reshape(shape), axis=axis + 1)
     return x
 

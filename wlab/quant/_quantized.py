@@ -73,7 +73,10 @@ class Quantized(Weight):
         """Whole slices along one axis: only what is looked up is made dense."""
         axis = single_axis_gather(self.shape, params)
         blocks = self._blocks
-        if axis is None or blocks[axis] > EACH or params.get("fill_value") is not None:
+        fill = params.get("fill_value")
+        if fill is not None and fill != fill:  # `jnp.take` asks for NaN, the default
+            params["fill_value"] = fill = None
+        if axis is None or blocks[axis] > EACH or fill is not None:
             return NotImplemented
         n = self.ndim
         batch = list(range(n, n + indices.ndim - 1))
@@ -139,7 +142,7 @@ class Quantized(Weight):
         """Standing for another float dtype: the same codes."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return NotImplemented
-        if jnp.finfo(dtype).bits > jnp.finfo(self.dense_dtype).bits:
+        if self.dense_dtype != self.scale.dtype:
             return NotImplemented  # a value that was rounded stays rounded
         return self._replace(dtype=np.dtype(dtype))
 

@@ -185,9 +185,10 @@ def figure(report: Report) -> "Figure":
     finite = [x for x in final if np.isfinite(x)] or [8.0]
     # From the second reading on: the first would flatten all that follows.
     top = max(
-        (float(np.nanmax(x[1:])) for x in starts if len(x) > 2), default=max(finite)
+        (float(np.nanmax(x[1:])) for x in starts if len(x) > 2),
+        default=float(max(finite)),
     )
-    low = min(finite)
+    low = float(min(finite))
     return curves_and_tradeoff(
         report,
         curve="bits_per_byte",
@@ -254,7 +255,7 @@ def _train(
         plan.name,
         {"bits_per_byte": losses, "ms": speeds} | {k: [v] for k, v in sizes.items()},
         settings={"grid": plan.grid, **(_RULES[plan.rule] if plan.rule else {})},
-        curves={"bits_per_byte": Curve(history["valid_step"], curves)},
+        curves={"bits_per_byte": Curve(history["valid_step"].tolist(), curves)},
         baseline=plan.rule is not None and plan.rule.startswith("naive"),
     )
 
@@ -278,7 +279,8 @@ def _loss(model: Decoder, grid: str | None, master: bool) -> train.LossFn:
             )
         if grid is not None and grid.startswith("fp8"):
             params = quant.quantize_activations(params, grid)
-        return train.next_token_loss(apply(params, batch[:, :-1]), batch)
+        logits: Any = apply(params, batch[:, :-1])
+        return train.next_token_loss(logits, batch)
 
     return loss
 

@@ -339,22 +339,20 @@ def test_a_sharded_kernel_is_quantised_as_a_whole_one(
 
     @jax.jit
     def pack(w: jax.Array) -> Any:
-        return [
-            quantize(w, "int4", axis=axis, rounding=rounding, key=key)
-            for axis in (-1, 0, None)
-        ]
+        options: Any = {"rounding": rounding, "key": key}
+        packed = [quantize(w, "int4", axis=axis, **options) for axis in (-1, 0, None)]
+        packed += [quantize(w, "int4", axis=-1, group=n, **options) for n in (3, 4)]
+        return [(q, q.materialise()) for q in packed]
 
     whole = pack(w)
     with jax.set_mesh(mesh):
         sharded = pack(jax.device_put(w, jax.P("data", "model")))
-    for a, b, spec in zip(
-        sharded,
-        whole,
-        (jax.P(None, "model"), jax.P("data", None), jax.P(None, None)),
-        strict=True,
-    ):
+    specs = [(None, "model"), ("data", None), (None, None)] + 2 * [(None, "model")]
+    for (a, dense), (b, want), spec in zip(sharded, whole, specs, strict=True):
         np.testing.assert_array_equal(a.codes.astype(int), b.codes.astype(int))
         np.testing.assert_array_equal(a.scale, b.scale)
+        np.testing.assert_array_equal(dense, want)
         if mesh.are_all_axes_explicit:
-            assert a.codes.sharding.spec == jax.P("data", "model")
-            assert a.scale.sharding.spec == spec
+            for x in (a.codes, dense):
+                assert x.sharding.spec == jax.P("data", "model")
+            assert a.scale.sharding.spec == jax.P(*spec)

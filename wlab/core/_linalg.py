@@ -163,7 +163,7 @@ def sharding_safe(
             )(x, *others)
             for spec in reversed(route[:-1]):
                 out = jax.reshard(out, for_outs(spec))
-            return out
+            return cast(_Result, out)
 
         if set(mesh.axis_types) == {AxisType.Auto}:
             entries = [

@@ -277,7 +277,7 @@ class Decoder(nn.Module):
         else:
             for i in range(c.depth):
                 x = block(c, name=f"blocks_{i}")(x)
-        rows = _rows(_norm(c, "final_norm")(x)).astype(jnp.float32)
+        rows = _rows(_norm(c, "final_norm")(x))
         if c.tied:
             logits = embed.attend(rows)
         else:

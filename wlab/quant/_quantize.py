@@ -26,7 +26,7 @@ from wlab.core import (
 )
 from wlab.core import select as select_leaves
 from wlab.quant._grid import Grid, get_grid
-from wlab.quant._quantized import EACH, WHOLE, Quantized, expand
+from wlab.quant._quantized import EACH, WHOLE, Quantized, expand, regroup
 
 Rounding = Literal["nearest", "stochastic"]
 Granularity = Literal["row", "tensor"]
@@ -334,9 +334,13 @@ def _reduce(x: jax.Array, block: tuple[int, ...], fn: Any) -> jax.Array:
         # A last group that is shorter is filled with its own edge.
         pad = [(0, 0)] * x.ndim
         pad[axis] = (0, -n % b)
-        x = jnp.pad(x, pad, mode="edge") if n % b else x
         shape = (*x.shape[:axis], -(-n // b), b, *x.shape[axis + 1 :])
-        x = fn(x.reshape(shape), axis=axis + 1)
+
+        def groups(x: jax.Array, pad: Any = pad, shape: Any = shape, axis: int = axis):
+            x = jnp.pad(x, pad, mode="edge") if any(pad[axis]) else x
+            return fn(x.reshape(shape), axis=axis + 1)
+
+        x = regroup(groups, x, axis)
     return x
 
 

@@ -3,7 +3,7 @@
 """`Quantized`: a weight stored as codes of a few bits and scales."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wlab.core import MatrixView, Weight
+from wlab.core import MatrixView, Weight, linalg
 from wlab.core._shapes import (
     gather_axis,
     gather_labels,
@@ -255,6 +255,17 @@ def expand(
     """Scales repeated within their groups, ready to broadcast against `shape`."""
     for axis, (n, block) in enumerate(zip(shape, blocks, strict=True)):
         if block > EACH:
-            scale = jnp.repeat(scale, block, axis=axis)
-            scale = jax.lax.slice_in_dim(scale, 0, n, axis=axis)
+
+            def repeat(s: jax.Array, n: int = n, b: int = block, axis: int = axis):
+                return jax.lax.slice_in_dim(jnp.repeat(s, b, axis), 0, n, axis=axis)
+
+            scale = regroup(repeat, scale, axis)
     return scale
+
+
+def regroup(fn: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
+    """`fn(x)`, which splits or merges `axis`: Explicit mesh axes must leave that."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or mesh.are_all_axes_auto:
+        return fn(x)
+    return linalg.sharding_safe(fn, whole=(axis,))(x)

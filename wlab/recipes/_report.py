@@ -254,13 +254,19 @@ class Report:
             box=box.SIMPLE,
         )
         table.add_column("arm")
-        best = {name: self.best(name) for name in self.metrics}
-        for metric in self.metrics.values():
+        # A metric that only curves have is no column.
+        columns = {
+            name: metric
+            for name, metric in self.metrics.items()
+            if any(_has(arm, name) for arm in self.arms)
+        }
+        best = {name: self.best(name) for name in columns}
+        for metric in columns.values():
             head = metric.label + f"\n({metric.unit})" * bool(metric.unit)
             table.add_column(Text(head), justify="right")
         for arm in self.arms:
             row = [Text(arm.name + " (baseline)" * arm.baseline)]
-            for name, metric in self.metrics.items():
+            for name, metric in columns.items():
                 cell = _cell(arm, name, metric) if _has(arm, name) else "-"
                 won = arm.name in best[name]
                 # The star is for those who see no colours; the blank keeps columns.

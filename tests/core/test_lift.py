@@ -177,6 +177,12 @@ def test_nnx_split_and_module(key: jax.Array, dense_shapes: list):
     assert not dense_shapes
     agrees(call, params, tokens)
 
+    module = low_rank(NnxModel(nnx.Rngs(0)))
+    want = wlab.materialise(module)(tokens)
+    np.testing.assert_allclose(wlab.lift(module)(tokens), want, rtol=1e-4, atol=1e-4)
+    called = jax.jit(wlab.lift(lambda m, t: m(t)))(module, tokens)
+    np.testing.assert_allclose(called, want, rtol=1e-4, atol=1e-4)
+
 
 def test_the_dense_sum_is_not_in_the_program(x: jax.Array, key: jax.Array):
     """Inside the jaxpr of value and gradient, no new array has the weight's shape."""

@@ -11,8 +11,9 @@ Everything of wlab that touches quax stands in this file.
 """
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import jax.extend.core as jexc
@@ -137,7 +138,8 @@ def lift(fn: F) -> F:
     the result is that of `fn(materialise(args))` up to the order of summation.
 
     Args:
-        fn: any function whose arguments are pytrees.
+        fn: any function whose arguments are pytrees; or a callable that is one itself,
+            such as an nnx module with structured leaves.
 
     Returns:
         A function of the same signature whose arguments may hold `Weight` leaves.
@@ -148,7 +150,26 @@ def lift(fn: F) -> F:
         >>> wlab.lift(jnp.dot)(jnp.ones((4, 3)), w).shape
         (4, 2)
     """
-    return quax.quaxify(fn)
+
+    @functools.wraps(fn)
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((fn, args, kwargs), is_leaf=is_weight)
+        if not any(map(is_weight, leaves)):
+            return fn(*args, **kwargs)
+        made: list[Any] = []
+
+        # quax sees lists only: nnx objects can be rebuilt under a current trace, which
+        # there is inside the function but not while quax wraps its arguments.
+        def flat(leaves: list[Any]) -> list[Any]:
+            f, a, k = jax.tree.unflatten(structure, leaves)
+            out, out_structure = jax.tree.flatten(f(*a, **k), is_leaf=is_weight)
+            made.append(out_structure)
+            return out
+
+        out = quax.quaxify(flat)(leaves)
+        return jax.tree.unflatten(made[-1], out)
+
+    return cast(F, lifted)
 
 
 def dispatch(primitive: Any, *args: Any, **params: Any) -> Any:

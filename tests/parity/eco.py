@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.parity import Computed
-from wlab.optim import _eco as eco
+from wlab.optim import _feedback as feedback
 from wlab.quant import get_grid, quantize_blocks
 
 INPUTS = ("w0", "grads", "uniforms", "hyper", "lr_schedule", "e4m3_in")
@@ -27,7 +27,7 @@ _GRIDS = {
 }
 
 # tag without grid: (optimiser, rounding, decay, schedule, injection)
-_RUNS: dict[str, tuple[str, str, bool, bool, eco.Injection]] = {
+_RUNS: dict[str, tuple[str, str, bool, bool, feedback.Injection]] = {
     "sgdm_{}_rtn": ("sgd", "rtn", False, False, "paper"),
     "sgdm_{}_sr": ("sgd", "sr", False, False, "paper"),
     "adam_{}_rtn": ("adam", "rtn", False, False, "paper"),
@@ -70,7 +70,7 @@ def _run(
     rounding: str,
     decay: bool,
     schedule: bool,
-    injection: eco.Injection,
+    injection: feedback.Injection,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     lr, b1, b2, eps, wd = x["hyper"]
     rates = x["lr_schedule"] if schedule else jnp.full(x["lr_schedule"].shape, lr)
@@ -81,11 +81,11 @@ def _run(
         w, m, v, owed = carry
         g, u, eta, eta_next, t = xs
         if optimiser == "sgd":
-            moved = eco.sgd_direction(g, m, b1=b1)
+            moved = feedback.sgd_direction(g, m, b1=b1)
         else:
-            moved = eco.adam_direction(g, m, v, t, b1=b1, b2=b2, eps=eps)
+            moved = feedback.adam_direction(g, m, v, t, b1=b1, b2=b2, eps=eps)
         noise = u if rounding == "sr" else None
-        out = eco.feedback_step(
+        out = feedback.feedback_step(
             w,
             moved,
             lambda tilde: _quantise(short, tilde, noise),

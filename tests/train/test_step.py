@@ -150,7 +150,8 @@ def test_init_takes_keys_codes_and_abstract_values():
         "weak": jnp.asarray(1.0),
     }
     assert tree["weak"].weak_type
-    state = init_state(tree, optax.GradientTransformation(lambda p: p, None))
+    tx = optax.GradientTransformation(lambda p: p | {"weak": jnp.asarray(2.0)}, None)
+    state = init_state(tree, tx)
     for got in (state.params, state.opt_state):
         assert got["key"].dtype == tree["key"].dtype
         assert got["codes"].dtype == jnp.uint4

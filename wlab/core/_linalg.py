@@ -169,8 +169,10 @@ def sharding_safe(
             entries = [
                 None if i in axes else jax.P.UNCONSTRAINED for i in range(x.ndim)
             ]
+            # Behind a barrier, or the compiler would gather what `x` is computed from
+            # too: a momentum, which is stored.
             x = jax.lax.with_sharding_constraint(
-                x, NamedSharding(mesh, jax.P(*entries))
+                jax.lax.optimization_barrier(x), NamedSharding(mesh, jax.P(*entries))
             )
         return call(x, *others)
 

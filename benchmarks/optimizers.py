@@ -97,7 +97,7 @@ def pack(params: Any, grid: str | None) -> Any:
     """The tree on its grid, with the granularity that ECO takes for it."""
     if grid is None:
         return params
-    granularity = "tensor" if grid == "int4" else "row"
+    granularity = wlab.optim.eco_granularity(grid)
     return quant.quantize_tree(params, grid, granularity=granularity)
 
 
@@ -138,7 +138,7 @@ def train_steps(config: Config, roof: float) -> list[Any]:
 
     def loss(grid: str, master: bool, params: Any, batch: jax.Array) -> jax.Array:
         if master:
-            granularity = "tensor" if grid == "int4" else "row"
+            granularity = wlab.optim.eco_granularity(grid)
             params = quant.fake_quantize_tree(params, grid, granularity=granularity)
         if grid == "fp8_e4m3":
             params = quant.quantize_activations(params, grid)

@@ -6,3 +6,4 @@ from wlab.optim._eco import EcoState as EcoState
 from wlab.optim._eco import eco as eco
 from wlab.optim._eco import eco_muon as eco_muon
 from wlab.optim._eco import eco_sgd as eco_sgd
+from wlab.optim._leaves import eco_granularity as eco_granularity

@@ -34,7 +34,6 @@ from wlab.core import (
     Pattern,
     Select,
     fold_path,
-    is_weight,
     leaves_with_paths,
     map_with_path,
 )
@@ -48,17 +47,14 @@ from wlab.optim._feedback import (
     muon_direction,
     sgd_direction,
 )
+from wlab.optim._leaves import Plan, checked_gradient, plans, requantise, uniform
 from wlab.quant import (
     Granularity,
     Grid,
     Quantized,
     Rounding,
-    block_scale,
     check_finite,
     get_grid,
-    matrix_block,
-    quantizable,
-    quantize_blocks,
 )
 
 
@@ -71,14 +67,6 @@ class EcoState(NamedTuple):
     nu: Any  # second moment (Adam), likewise; else None
     residual: Any  # error still owed (injection="exact"), likewise; else None
     rest: optax.OptState  # of the optimiser of the leaves in full precision
-
-
-class _Plan(NamedTuple):
-    """How one leaf is quantised."""
-
-    grid: Grid
-    block: tuple[int, ...]
-    view: MatrixView
 
 
 def eco(
@@ -167,7 +155,7 @@ def eco(
             learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask
         )
 
-    def direction(g: Any, m: Any, v: Any, t: Any, plan: _Plan) -> Direction:
+    def direction(g: Any, m: Any, v: Any, t: Any, plan: Plan) -> Direction:
         del plan
         return adam_direction(g, m, v, t, b1=b1, b2=b2, eps=eps)
 
@@ -237,7 +225,7 @@ def eco_sgd(
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    def direction(g: Any, m: Any, v: Any, t: Any, plan: _Plan) -> Direction:
+    def direction(g: Any, m: Any, v: Any, t: Any, plan: Plan) -> Direction:
         del v, t, plan
         return sgd_direction(g, m, b1=momentum)
 
@@ -315,7 +303,7 @@ def eco_muon(
             learning_rate, weight_decay=weight_decay, mask=mask
         )
 
-    def direction(g: Any, m: Any, v: Any, t: Any, plan: _Plan) -> Direction:
+    def direction(g: Any, m: Any, v: Any, t: Any, plan: Plan) -> Direction:
         del v, t
         return muon_direction(g, m, plan.view, b1=b1, ns_steps=ns_steps)
 
@@ -364,19 +352,19 @@ def _eco(
             f"injection {injection!r} is none of 'paper', 'decayed', 'virtual', "
             "'exact', 'none'"
         )
-    plans = functools.partial(
-        _plans, grid=grid, granularity=granularity, select=select, views=views
+    planned = functools.partial(
+        plans, grid=grid, granularity=granularity, select=select, views=views
     )
     rest_tx = optax.with_extra_args_support(full_precision)
 
-    def rest_of(plan: dict[str, _Plan]) -> optax.GradientTransformationExtraArgs:
+    def rest_of(plan: dict[str, Plan]) -> optax.GradientTransformationExtraArgs:
         def others(tree: Any) -> Any:
             return map_with_path(lambda path, _: path not in plan, tree)
 
         return optax.masked(rest_tx, others, mask_compatible_extra_args=True)
 
     def init(params: Any) -> Any:
-        plan = plans(params)
+        plan = planned(params)
         for path, leaf in leaves_with_paths(params):
             if path in plan:
                 check_finite(path, leaf)
@@ -406,7 +394,7 @@ def _eco(
     ) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("ECO quantises the weights: call update(..., params)")
-        plan = plans(params)
+        plan = planned(params)
         rest, rest_state = rest_of(plan).update(updates, state.rest, params, **extra)
         rest = dict(leaves_with_paths(rest))
         grads = dict(leaves_with_paths(updates))
@@ -427,12 +415,12 @@ def _eco(
         for path, leaf in leaves_with_paths(params):
             if path not in plan:
                 continue
-            g = _checked_gradient(path, grads, leaf)
+            g = checked_gradient(path, grads, leaf)
             theta = leaf.values() if isinstance(leaf, Quantized) else leaf
             theta = theta.astype(mu[path].dtype)
             noise = None
             if step_key is not None:
-                noise = _uniform(fold_path(step_key, path), theta)
+                noise = uniform(fold_path(step_key, path), theta)
             moved = direction(
                 g.astype(theta.dtype),
                 mu[path],
@@ -445,11 +433,11 @@ def _eco(
             def quantise(
                 x: jax.Array,
                 leaf: Any = leaf,
-                plan: _Plan = plan[path],
+                plan: Plan = plan[path],
                 noise: Any = noise,
                 stored: list[Any] = stored,
             ) -> jax.Array:
-                change, weight = _requantise(leaf, x, plan, noise)
+                change, weight = requantise(leaf, x, plan, noise)
                 stored.append(change)
                 return weight
 
@@ -491,97 +479,8 @@ def _eco(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _plans(
-    params: Any,
-    *,
-    grid: Grid,
-    granularity: Granularity | None,
-    select: Select | None,
-    views: Mapping[Pattern, MatrixView | None] | None,
-) -> dict[str, _Plan]:
-    """How each quantised leaf is quantised, by path."""
-    named = leaves_with_paths(params)
-    packed = {p: leaf for p, leaf in named if isinstance(leaf, Quantized)}
-    if not named:
-        return {}
-    if not packed:
-        if granularity is None:
-            small = grid.kind == "int" and grid.bits <= 4
-            granularity = "tensor" if small else "row"
-        chosen = quantizable(params, select, views)
-        for path, leaf in named:
-            if path in chosen and is_weight(leaf):
-                raise TypeError(
-                    f"leaf {path!r} of shape {leaf.shape} is a {type(leaf).__name__}: "
-                    "ECO trains arrays and Quantized weights; leave it out of select="
-                )
-        ndim = {p: jnp.ndim(leaf) for p, leaf in named}
-        return {
-            p: _Plan(grid, matrix_block(view, ndim[p], granularity), view)
-            for p, view in chosen.items()
-        }
-    if select is not None:
-        raise ValueError(
-            f"select= is for dense parameters; here {len(packed)} leaves are packed "
-            "(Quantized), and they are what ECO trains: leave select= out, or choose "
-            "them in wlab.quant.quantize_tree"
-        )
-    out = {}
-    for path, leaf in packed.items():
-        if leaf.grid != grid:
-            raise ValueError(
-                f"leaf {path!r} of shape {leaf.shape} is packed on {leaf.grid.name}, "
-                f"but grid={grid.name!r}: give both the same grid"
-            )
-        view = leaf.view or MatrixView.of(1, 1)
-        if granularity is not None:
-            block = matrix_block(view, leaf.ndim, granularity)
-            if block != leaf._blocks:
-                raise ValueError(
-                    f"leaf {path!r} of shape {leaf.shape} is packed with scales of "
-                    f"shape {leaf.scale.shape}, which is not granularity="
-                    f"{granularity!r}: leave it out or pack the tree with it"
-                )
-        out[path] = _Plan(grid, leaf._blocks, view)
-    return out
-
-
-def _requantise(
-    leaf: Any, x: jax.Array, plan: _Plan, noise: jax.Array | None
-) -> tuple[Any, jax.Array]:
-    """The change that brings a stored leaf to q(x), and q(x) as it will be stored."""
-    scale, _ = block_scale(x, plan.grid, plan.block)
-    if not isinstance(leaf, Quantized):
-        q = quantize_blocks(x, plan.grid, plan.block, noise, scale=scale)
-        # Rounded as the parameter's dtype will round it, so that this is fed back too.
-        weight = q.values().astype(leaf.dtype).astype(x.dtype)
-        return weight - leaf.astype(x.dtype), weight
-    # Quantised against the scale that the addition of the difference will give.
-    change = scale - leaf.scale
-    scale = leaf.scale + change
-    q = quantize_blocks(x, plan.grid, plan.block, noise, scale=scale, view=leaf.view)
-    difference = Quantized(
-        codes=q.codes - leaf.codes,
-        scale=change,
-        zero=None,
-        grid=leaf.grid,
-        block=leaf.block,
-        dense_dtype=leaf.dense_dtype,
-        matrix_view=leaf.matrix_view,
-    )
-    return difference, q.values()
-
-
 def _accumulator(leaf: Any) -> Any:
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-
-
-def _uniform(key: jax.Array, like: jax.Array) -> jax.Array:
-    """Uniform noise, drawn where the leaf lives if its mesh axes are Explicit."""
-    sharding = jax.typeof(like).sharding
-    if sharding.mesh.empty or sharding.mesh.are_all_axes_auto:
-        sharding = None
-    return jax.random.uniform(key, like.shape, like.dtype, out_sharding=sharding)
 
 
 def _typed_key(key: jax.Array | int) -> jax.Array:
@@ -596,21 +495,6 @@ def _decays(mask: Any, params: Any) -> dict[str, bool]:
         return {}
     tree = mask(params) if callable(mask) else mask
     return dict(leaves_with_paths(tree))
-
-
-def _checked_gradient(path: str, grads: dict[str, Any], leaf: Any) -> jax.Array:
-    g = grads.get(path)
-    if isinstance(g, Quantized) or (g is None and isinstance(leaf, Quantized)):
-        raise ValueError(
-            f"leaf {path!r} of shape {leaf.shape} is packed: take the gradient at "
-            "wlab.materialise(params), as an array of that shape"
-        )
-    if g is None or jnp.shape(g) != tuple(leaf.shape):
-        got = "missing" if g is None else f"of shape {jnp.shape(g)}"
-        raise ValueError(
-            f"the gradient of leaf {path!r} is {got}; the leaf has shape {leaf.shape}"
-        )
-    return g
 
 
 def _check_rates(**rates: Any) -> None:

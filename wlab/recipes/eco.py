@@ -120,13 +120,13 @@ def run(
     )
     # Compiled once: the arms of a grid differ in their optimiser only.
     init = jax.jit(lambda key: model.init(key, held_out[0, :, :-1])["params"])
-    pack = functools.cache(
-        lambda grid: jax.jit(
-            functools.partial(
-                quant.quantize_tree, grid=grid, granularity=_granularity(grid)
-            )
+
+    @functools.cache
+    def pack(grid: str) -> Callable[[Any], Any]:
+        granularity = wlab.optim.eco_granularity(grid)
+        return jax.jit(
+            functools.partial(quant.quantize_tree, grid=grid, granularity=granularity)
         )
-    )
 
     @functools.cache
     def task(grid: str | None, master: bool) -> _Task:
@@ -274,9 +274,8 @@ def _loss(model: Decoder, grid: str | None, master: bool) -> train.LossFn:
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         if grid is not None and master:
-            params = quant.fake_quantize_tree(
-                params, grid, granularity=_granularity(grid)
-            )
+            granularity = wlab.optim.eco_granularity(grid)
+            params = quant.fake_quantize_tree(params, grid, granularity=granularity)
         if grid is not None and grid.startswith("fp8"):
             params = quant.quantize_activations(params, grid)
         logits: Any = apply(params, batch[:, :-1])
@@ -300,17 +299,9 @@ def _optimizer(config: Config, plan: _Plan) -> optax.GradientTransformation:
             schedule,
             **rates,
             grid=plan.grid,
-            granularity=_granularity(plan.grid),
             **_RULES[plan.rule],
         )
     return optax.chain(optax.clip_by_global_norm(1.0), tx)
-
-
-def _granularity(grid: str) -> quant.Granularity:
-    """The paper's: a scale for each row in FP8 and INT8, for each matrix in INT4."""
-    return (
-        "tensor" if grid.startswith("int") and quant.get_grid(grid).bits <= 4 else "row"
-    )
 
 
 def _sizes(state: train.TrainState) -> dict[str, float]:

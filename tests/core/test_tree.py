@@ -227,6 +227,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _: Any = None) -> tuple[jax.Array, None]:
         h = nn.LayerNorm()(x) if self.norm else x
+        gate = self.param("gate", nn.initializers.ones, (6,))
+        h = nn.Conv(6, (3, 2))(h) * gate[None, None, None]
         return nn.MultiHeadDotProductAttention(num_heads=2, name="mix")(h), None
 
 
@@ -248,7 +250,7 @@ class Stack(nn.Module):
     ("norm", "name"), [(True, "layers"), (False, None), (False, "layers")]
 )
 def test_linen_attention_stacked_by_scan(norm: bool, name: str | None):
-    """A norm nearby, the name of the scan, or the rank of the kernel tell of it."""
+    """A norm nearby or the name of the scan tell of it; attention's rank by itself."""
     model = Stack(norm, name)
     tree = abstract(model, jnp.ones((1, 4, 4, 6)))
     mix = (name or "ScanBlock_0") + "/mix"
@@ -258,6 +260,12 @@ def test_linen_attention_stacked_by_scan(norm: bool, name: str | None):
         assert (leaf.role, leaf.view) == ("kernel", view)
         assert leaf.view.stack(4) == (0,) and leaf.shape[0] == 5
         assert found[f"{mix}/{part}/bias"].view is None
+    if norm or name is None:
+        stacked = found[mix.replace("mix", "Conv_0/kernel")]
+        assert (stacked.role, stacked.view) == ("conv", MatrixView.of(3, 1))
+        assert stacked.view.stack(5) == (0,)
+        gate = found[mix.replace("mix", "gate")]
+        assert (gate.shape, gate.role, gate.view) == ((5, 6), "other", None)
     assert (found["Conv_0/kernel"].role, found["Conv_0/kernel"].view) == (
         "conv",
         MatrixView.of(3, 1),

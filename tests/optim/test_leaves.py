@@ -31,7 +31,8 @@ def test_a_packed_change_is_added_to_the_bit(grid: str, granularity):
     def step(params, key):
         leaf = params["kernel"]
         ka, kb = jax.random.split(key)
-        x = leaf.values() * 1.1 + 0.3 * jax.random.normal(ka, leaf.shape)
+        # Of any magnitude: the difference of the scales is not exact then.
+        x = jax.random.normal(ka, leaf.shape) * jnp.exp(4 * jax.random.normal(ka))
         noise = _leaves.uniform(kb, x)
         change, weight = _leaves.requantise(leaf, x, plan, noise)
         return optax.apply_updates(params, {"kernel": change}), weight
@@ -40,6 +41,22 @@ def test_a_packed_change_is_added_to_the_bit(grid: str, granularity):
         params, weight = step(params, jax.random.fold_in(key, i))
         assert params["kernel"].codes.dtype == plan.grid.storage
         assert (params["kernel"].values() == weight).all()
+
+
+@pytest.mark.parametrize("grid", ["fp8_e4m3", "int8"])
+def test_rows_of_zeros_take_the_tiniest_step(grid: str):
+    """From the scale 1 to one that 1 swallows; no division by zero on the way."""
+    params = quantize_tree({"kernel": jnp.zeros((3, 2))}, grid)
+    tx = wlab.optim.eco_sgd(1e-9, grid=grid)
+    state = tx.init(params)
+    grads = {"kernel": jnp.array([[1.0, 2.0], [0.0, 1.0], [1.0, -1.0]])}
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    moved = params["kernel"].values()
+    assert (jnp.sign(moved) == -jnp.sign(grads["kernel"])).all()
+    assert jnp.isfinite(state.mu["kernel"]).all()
+    assert (abs(moved) < 1e-8).all()
 
 
 def test_the_papers_scales():

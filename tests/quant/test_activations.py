@@ -86,6 +86,22 @@ def test_products_with_several_axes(equation: str, shapes: Any, contracted: Any)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_the_kernel_may_be_moved_first():
+    """Transposed, reshaped, cut and converted, it still has its input rounded."""
+    x, w = normal(2, 4), normal(3, 4, 2, 3, seed=1)
+
+    def call(p: Any, x: jax.Array) -> jax.Array:
+        kernel = p["w"][1].reshape(4, 6)[:, 1:5].T.astype(jnp.bfloat16)
+        y = x @ jax.lax.dynamic_index_in_dim(p["w"], 2, 0, False)[:, 1]
+        return (kernel @ x.T).T.astype(jnp.float32), y
+
+    got = jax.jit(wlab.lift(call))(quantize_activations({"w": w}, GRID), x)
+    want, plain = call({"w": w}, rounded(x)), call({"w": w}, x)
+    for a, b, c, tol in zip(got, want, plain, (2e-2, 1e-5), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tol, atol=tol)
+        assert abs(b - c).max() > 2 * tol
+
+
 def test_a_convolution_sees_pixels_rounded():
     model = nn.Conv(3, (3, 2), strides=2)
     x = normal(2, 5, 6, 4)

@@ -156,6 +156,13 @@ def test_look_up_is_exact(fn: Any, looked_up: set[str], forms: Any, dense_shapes
         assert got[name].dtype == want[name].dtype
 
 
+def test_a_scan_has_scales_for_every_index(forms: Any):
+    """Also where one scale was shared: every array is cut along axis 0."""
+    for name, q in forms[0].items():
+        leaves = jax.eval_shape(lambda q: q.scannable(), q)
+        assert {x.shape[0] for x in jax.tree.leaves(leaves)} == {SHAPE[0]}, name
+
+
 def test_a_rounded_value_stays_rounded():
     """bfloat16 weights seen as float32 are those of bfloat16, not of the scales."""
     q = quantize(normal(7, 5, dtype=jnp.bfloat16), "int8", axis=-1)

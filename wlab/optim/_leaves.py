@@ -113,7 +113,10 @@ def requantise(
         # Rounded as the parameter's dtype will round it, so that this is fed back too.
         weight = q.values().astype(leaf.dtype).astype(x.dtype)
         return weight - leaf.astype(x.dtype), weight
-    # Quantised against the scale that the addition of the difference will give.
+    # Quantised against the scale that the addition of the difference will give. It
+    # falls no further than that sum can hold: not to zero, as from the 1 of a row of
+    # zeros to the first tiny step.
+    scale = jnp.maximum(scale, leaf.scale * jnp.finfo(leaf.scale.dtype).eps)
     change = scale - leaf.scale
     scale = leaf.scale + change
     q = quantize_blocks(x, plan.grid, plan.block, noise, scale=scale, view=leaf.view)

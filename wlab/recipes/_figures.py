@@ -108,7 +108,9 @@ def curves_and_tradeoff(
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = left.get_legend_handles_labels()
     if handles:
-        columns = math.ceil(len(labels) / math.ceil(len(labels) / 6))
+        # As many columns as the longest label leaves room for, rows filled evenly.
+        most = max(1, min(6, 190 // (8 + max(map(len, labels)))))
+        columns = math.ceil(len(labels) / math.ceil(len(labels) / most))
         figure.legend(
             handles,
             labels,

@@ -32,7 +32,7 @@ class Config:
     """Sizes of the race."""
 
     scale: Literal["cpu", "gpu", "smoke"] = "cpu"
-    """cpu: about 6M parameters; gpu: about 1B; smoke: a test of the script."""
+    """cpu: about 5M parameters; gpu: about 1B; smoke: a test of the script."""
     repeats: int = 20
     """Interleaved repeats."""
     json: pathlib.Path | None = None

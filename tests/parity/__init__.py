@@ -45,7 +45,9 @@ class Row(NamedTuple):
 def slugs() -> list[str]:
     """The methods that have a parity module."""
     here = pathlib.Path(__file__).parent
-    names = (p.stem for p in here.glob("*.py") if not p.stem.startswith("__"))
+    names = (
+        p.stem for p in here.glob("*.py") if not p.stem.startswith(("__", "test_"))
+    )
     return sorted(name.replace("_", "-") for name in names)
 
 

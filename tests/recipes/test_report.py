@@ -214,7 +214,7 @@ def test_table_of_two_seeds_shows_the_range_and_of_one_none():
     arms = [Arm("a", {"loss": [1.0, 2.0], "ms": [4.0]}), Arm("b", {"loss": [3.0]})]
     text = printed(report(seeds=(0, 1), arms=arms))
     assert re.search(r"b +3\.000 +- *$", text, re.MULTILINE)
-    assert "[smallest, largest] of 2 seeds" in text
+    assert "[smallest, largest] of 2 seeds" in " ".join(text.split())
     text = printed(report(seeds=(7,), arms=[Arm("a", {"loss": [1.0]})]))
     assert "one seed" in text and "±" not in text
 

@@ -73,14 +73,20 @@ def muon_direction(
 
     @whole
     def invert(e: jax.Array, m: jax.Array) -> jax.Array:
-        # m = (m m^T)^(1/2) msign(m) = msign(m) (m^T m)^(1/2): the smaller of the two.
+        # (m m^T)^(1/2) = m msign(m)^T: products only. The cubic iteration takes the
+        # orthogonalised matrix, near one already, the rest of the way.
         x, y = as_matrices(m, view), as_matrices(e, view)
-        xt = jnp.swapaxes(x, -1, -2)
         product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        if n_in <= n_out:
-            y = product(linalg.sqrtm_psd(product(x, xt)), y)
-        else:
-            y = product(y, linalg.sqrtm_psd(product(xt, x)))
+        o = linalg.orthogonalize(x)
+        for _ in range(5):
+            ot = jnp.swapaxes(o, -1, -2)
+            if n_in <= n_out:
+                o = 1.5 * o - 0.5 * product(product(o, ot), o)
+            else:
+                o = 1.5 * o - 0.5 * product(o, product(ot, o))
+        ot = jnp.swapaxes(o, -1, -2)
+        left = n_in <= n_out
+        y = product(product(x, ot), y) if left else product(y, product(ot, x))
         return from_matrices(y / ratio, view, m.shape)
 
     return Direction(m, None, orthogonal(m), lambda e: invert(e, m))

@@ -414,3 +414,25 @@ def test_arithmetic_outside_lift_is_an_error_with_the_remedy():
     for operation in (lambda: w + 1, lambda: jnp.ones((3, 2)) - w, lambda: -w):
         with pytest.raises(TypeError, match=r"wlab\.lift.*wlab\.materialise"):
             operation()
+
+
+def test_a_function_divided_by_hand_sees_dense_values():
+    mesh = wlab.core.sharding.make_mesh(data=8)
+    w = LowRank(jnp.ones((8, 4)), jnp.ones((8, 2)), jnp.ones((4, 2)))
+    x = jnp.arange(16.0).reshape(2, 8)
+
+    def fn(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.shard_map(
+            lambda w, x: jax.lax.psum(x @ w, "data"),
+            in_specs=(jax.P("data"), jax.P(None, "data")),
+            out_specs=jax.P(),
+        )(w, x)
+
+    def place(t: jax.Array, *spec: Any) -> jax.Array:
+        return jax.device_put(t, jax.NamedSharding(mesh, jax.P(*spec)))
+
+    expected = np.asarray(x) @ np.full((8, 4), 3.0)
+    with jax.set_mesh(mesh):
+        w = LowRank(place(w.base, "data"), place(w.a, "data"), place(w.b))
+        y = jax.jit(wlab.lift(fn))(w, place(x, None, "data"))
+    np.testing.assert_allclose(y, expected)

@@ -4,6 +4,7 @@
 
 from wlab.core import _bits as bits  # noqa: F401
 from wlab.core import _linalg as linalg  # noqa: F401
+from wlab.core import _sharding as sharding  # noqa: F401
 from wlab.core import _ste as ste  # noqa: F401
 from wlab.core._keys import fold_path as fold_path
 from wlab.core._lift import Weight as Weight

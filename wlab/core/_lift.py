@@ -51,6 +51,19 @@ class Weight(quax.ArrayValue):
     def view(self) -> MatrixView | None:
         """Which axes are read (in) and written (out); the others are stacked."""
 
+    def specs(self, spec: jax.P) -> Any:
+        """The specs of this weight's arrays, in its own structure.
+
+        Args:
+            spec: the mesh axes that divide each axis of the array it stands for.
+
+        Returns:
+            The weight with a `PartitionSpec` in the place of each array; by default
+            all are copied. An entry that does not divide its axis is dropped.
+        """
+        del spec
+        return jax.tree.map(lambda _: jax.P(), self)
+
     def dot_general(
         self, other: jax.Array, dimension_numbers: Any, *, left: bool, **params: Any
     ) -> Any:
@@ -113,6 +126,11 @@ class Weight(quax.ArrayValue):
 def is_weight(x: Any) -> bool:
     """Whether `x` is a structured weight: the `is_leaf` of maps over such trees."""
     return isinstance(x, Weight)
+
+
+def specs_of(part: Any, spec: jax.P) -> Any:
+    """The specs of an array or of a nested weight; see `Weight.specs`."""
+    return part.specs(spec) if is_weight(part) else spec
 
 
 def materialise(tree: Any) -> Any:
@@ -373,3 +391,19 @@ def _process_custom_vjp_call(
 # quax has no rule for jax.custom_vjp, which attention kernels are written with.
 if "process_custom_vjp_call" not in vars(_QuaxTrace):
     _QuaxTrace.process_custom_vjp_call = _process_custom_vjp_call
+
+
+def _process_shard_map(
+    trace: Any, primitive: Any, fun: Any, tracers: Any, /, **params: Any
+) -> Any:
+    """A function that is divided by hand sees dense values: its specs are theirs."""
+    with core.set_current_trace(trace.parent_trace):
+        arrays = tuple(_dense_value(trace.to_value(t)) for t in tracers)
+        avals = tuple(jax.typeof(x) for x in arrays)
+        params["subfuns"] = (fun,)
+        outs = primitive.bind_with_trace(trace.parent_trace, arrays, avals, params)
+    return outs.map(lambda x: _QuaxTracer(trace, _dense(x)))
+
+
+if "process_shard_map" not in vars(_QuaxTrace):
+    _QuaxTrace.process_shard_map = _process_shard_map

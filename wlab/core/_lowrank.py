@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wlab.core._lift import Weight, cut, dispatch
+from wlab.core._lift import Weight, cut, dispatch, specs_of
 from wlab.core._shapes import (
     gather_axis,
     gather_labels,
@@ -142,6 +142,20 @@ class LowRank(Weight):
             return dense.astype(self.dtype)
         base = self.base.materialise() if isinstance(self.base, Weight) else self.base
         return (base.astype(acc) + dense).astype(self.dtype)
+
+    def specs(self, spec: jax.P) -> "LowRank":
+        """The base as the weight itself; each factor over the axes it shares with it.
+
+        The terms, the factors' last axis, stay whole.
+        """
+        stack, ins, outs = self._axes()
+        entries = dict(enumerate(spec))
+        a, b, scale = (
+            jax.P(*(entries.get(i) for i in axes))
+            for axes in ([*stack, *ins], [*stack, *outs], stack[: self.scale.ndim])
+        )
+        base = [] if self.base is None else jax.tree.leaves(specs_of(self.base, spec))
+        return jax.tree.unflatten(jax.tree.structure(self), [*base, a, b, scale])
 
     # --- cheaper ways ----------------------------------------------------------
 

@@ -124,6 +124,17 @@ def select(tree: Any, pattern: Select) -> Any:
     return map_with_path(lambda path, _: path in chosen, tree)
 
 
+def matching(pattern: Pattern, paths: list[str]) -> list[str]:
+    """The paths that a pattern matches, in order; at least one.
+
+    Raises:
+        ValueError: if it matches none.
+    """
+    hits = [path for path in paths if _matches(pattern, path)]
+    _require(hits, pattern, paths)
+    return hits
+
+
 def _sign(pattern: Pattern) -> tuple[bool, Pattern]:
     if isinstance(pattern, str) and pattern.startswith("!"):
         return False, pattern[1:]
@@ -182,9 +193,9 @@ def describe(
     named = leaves_with_paths(params)
     overrides = dict(views or {})
     for pattern in overrides:
-        _require([p for p, _ in named if _matches(pattern, p)], pattern, [*dict(named)])
+        matching(pattern, [*dict(named)])
     shapes = {p: tuple(jnp.shape(leaf)) for p, leaf in named}
-    stacked = _stacked_axes(shapes)
+    stacked = stacked_axes(shapes)
     out = []
     for path, leaf in named:
         shape = shapes[path]
@@ -278,7 +289,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return out
 
 
-def _stacked_axes(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+def stacked_axes(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
     """How many leading axes of each leaf are stacked layers.
 
     The scale of a norm has one axis; what it has more is stacked, and so it is for the

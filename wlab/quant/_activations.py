@@ -15,7 +15,7 @@ import jax
 from jax import lax
 
 from wlab.core import MatrixView, Pattern, Select, Weight, is_weight, map_with_path
-from wlab.core._lift import cut, dispatch
+from wlab.core._lift import cut, dispatch, specs_of
 from wlab.quant._grid import Grid, get_grid
 from wlab.quant._quantize import fake_quantize, quantizable
 from wlab.quant._quantized import Quantized
@@ -45,6 +45,11 @@ class QuantizedInput(Weight):
         """The inner weight as an array; only products round activations."""
         inner = self.inner
         return inner.materialise() if isinstance(inner, Weight) else inner
+
+    def specs(self, spec: jax.P) -> Any:
+        """The inner weight's specs."""
+        parts = jax.tree.leaves(specs_of(self.inner, spec))
+        return jax.tree.unflatten(jax.tree.structure(self), parts)
 
     def dot_general(
         self, other: jax.Array, dimension_numbers: Any, *, left: bool, **params: Any

@@ -67,6 +67,18 @@ class Quantized(Weight):
         """The dense array in the dtype of the scales, before the last rounding."""
         return self._replace(dtype=self.scale.dtype).materialise()
 
+    def specs(self, spec: jax.P) -> "Quantized":
+        """Codes as the weight itself; scales too, but where one serves a whole axis."""
+        entries = [*spec, *[None] * (self.ndim - len(spec))]
+        scales = jax.P(
+            *(
+                None if block == WHOLE else entry
+                for block, entry in zip(self._blocks, entries, strict=True)
+            )
+        )
+        parts = [spec, *[scales] * (1 if self.zero is None else 2)]
+        return jax.tree.unflatten(jax.tree.structure(self), parts)
+
     # --- cheaper ways ----------------------------------------------------------
 
     def gather(self, indices: jax.Array, **params: Any) -> Any:

@@ -3,3 +3,4 @@
 """Flax models that the recipes need: real architectures in small files."""
 
 from wlab.models import decoder as decoder
+from wlab.models import sizes as sizes

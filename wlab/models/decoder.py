@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder-only language model: RMSNorm, rotary positions, grouped queries, SwiGLU.
 
-The weights reach nothing but `nn.Dense`, `nn.DenseGeneral` and `nn.Embed`, so
-that structured weights can take their place. The blocks are either written out one
-after another (`blocks_0`, `blocks_1`, ...) or scanned (`blocks`, every parameter
-with a leading layer axis); both, with or without rematerialisation, are the same
-function.
+The gated layers are dense, or routed experts. The weights reach nothing but `nn.Dense`,
+`nn.DenseGeneral`, `nn.Embed` and the experts' products, so that structured weights can
+take their place. The blocks are either written out one after another (`blocks_0`,
+`blocks_1`, ...) or scanned (`blocks`, every parameter with a leading layer axis); both,
+with or without rematerialisation, are the same function. On a mesh the activations are
+divided over the axes of `wlab.core.sharding`.
 """
 
 import dataclasses
@@ -17,7 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-__all__ = ["Decoder", "DecoderConfig", "tiny"]
+from wlab.core import sharding
+from wlab.models._experts import Experts
+from wlab.models._experts import apply_with_losses as apply_with_losses
+
+__all__ = ["Decoder", "DecoderConfig", "apply_with_losses", "tiny"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +36,17 @@ class DecoderConfig:
         heads: number of query heads.
         kv_heads: number of key and value heads; divides `heads`.
         head_dim: size of a head; even, because rotary positions turn pairs.
-        hidden: size of the gated layer inside a block.
+        hidden: size of the gated layer inside a block; of each expert's, if there are
+            experts.
         rope_base: the wavelengths of the rotary positions grow from `2 pi` tokens to
             almost this many times as much.
         norm_eps: added to the mean square inside every norm.
+        experts: number of gated layers in a block, among which a router chooses for
+            every token; 0 for one layer and no router.
+        experts_per_token: how many of them each token goes through.
+        capacity: an expert has `ceil(capacity * experts_per_token * length / experts)`
+            places for each sequence, and tokens that find none skip it; None for no
+            limit.
         tied: whether the head is the embedding's transpose.
         scan: whether the blocks are one scan over stacked parameters.
         remat: whether a block's activations are computed again in the backward pass.
@@ -52,6 +64,9 @@ class DecoderConfig:
     hidden: int
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
+    experts: int = 0
+    experts_per_token: int = 2
+    capacity: float | None = None
     tied: bool = True
     scan: bool = False
     remat: bool = False
@@ -79,6 +94,16 @@ class DecoderConfig:
             raise ValueError(
                 f"head_dim={self.head_dim} is odd: rotary positions turn pairs of "
                 "channels, so choose an even size"
+            )
+        if self.experts and not 0 < self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} cannot be chosen among "
+                f"experts={self.experts}"
+            )
+        if self.experts < 0 or (self.capacity is not None and self.capacity <= 0):
+            raise ValueError(
+                f"experts={self.experts} is 0 or more, and capacity={self.capacity} is "
+                "positive, or None for no limit"
             )
         for name in ("dtype", "param_dtype"):
             if not jnp.issubdtype(getattr(self, name), jnp.floating):
@@ -155,7 +180,8 @@ class _Attention(nn.Module):
                 param_dtype=c.param_dtype,
                 name=name,
             )(rows)
-            return made.reshape(*x.shape[:2], heads, c.head_dim)
+            made = made.reshape(*x.shape[:2], heads, c.head_dim)
+            return sharding.constrain(made, sharding.BATCH, None, "tensor", None)
 
         positions = jnp.arange(x.shape[1])
         query = _rotate(project("query", c.heads), positions, c.rope_base)
@@ -195,6 +221,7 @@ class _GatedMLP(nn.Module):
 
         rows = _rows(x)
         gated = nn.silu(dense(c.hidden, "gate")(rows)) * dense(c.hidden, "up")(rows)
+        gated = sharding.constrain(gated, sharding.BATCH, "tensor")
         out = dense(c.width, "down", kernel_init=_residual_init(c))(gated)
         return out.reshape(x.shape)
 
@@ -208,7 +235,20 @@ class _Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         x = x + _Attention(c, name="attention")(_norm(c, "attention_norm")(x))
-        return x + _GatedMLP(c, name="mlp")(_norm(c, "mlp_norm")(x))
+        if c.experts:
+            mlp: nn.Module = Experts(
+                experts=c.experts,
+                per_token=c.experts_per_token,
+                capacity=c.capacity,
+                hidden=c.hidden,
+                dtype=c.dtype,
+                param_dtype=c.param_dtype,
+                down_scale=_residual_scale(c),
+                name="mlp",
+            )
+        else:
+            mlp = _GatedMLP(c, name="mlp")
+        return _stream(x + mlp(_norm(c, "mlp_norm")(x)))
 
 
 class Decoder(nn.Module):
@@ -216,9 +256,12 @@ class Decoder(nn.Module):
 
     Parameters: `embed/embedding`; per block `attention_norm/scale`,
     `attention/{query,key,value,out}/kernel`, `mlp_norm/scale` and
-    `mlp/{gate,up,down}/kernel`, under `blocks_0` ... or, with `scan`, under
-    `blocks` with a leading layer axis; `final_norm/scale`; `head/kernel` unless
-    the head is tied.
+    `mlp/{gate,up,down}/kernel` (with experts in front: `[experts, in, out]`, and
+    `mlp/router/kernel`), under `blocks_0` ... or, with `scan`, under `blocks` with a
+    leading layer axis; `final_norm/scale`; `head/kernel` unless the head is tied.
+
+    Experts sow the losses of their routers in the collection "losses" and what else is
+    known of them in "metrics": see `apply_with_losses`.
 
     Attributes:
         config: the sizes.
@@ -263,14 +306,14 @@ class Decoder(nn.Module):
             param_dtype=c.param_dtype,
             name="embed",
         )
-        x = embed(tokens).astype(c.dtype)
+        x = _stream(embed(tokens).astype(c.dtype))
         # Inside a scan nothing can be merged across the two passes, so the barrier
         # that prevents it would only cost time.
         block = nn.remat(_Block, prevent_cse=not c.scan) if c.remat else _Block
         if c.scan:
             x, _ = nn.scan(
                 lambda layer, x, _: (layer(x), None),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "losses": 0, "metrics": 0},
                 split_rngs={"params": True},
                 length=c.depth,
             )(block(c, name="blocks"), x, None)
@@ -288,7 +331,13 @@ class Decoder(nn.Module):
                 param_dtype=c.param_dtype,
                 name="head",
             )(rows)
-        return logits.reshape(*tokens.shape, c.vocab)
+        logits = logits.reshape(*tokens.shape, c.vocab)
+        return sharding.constrain(logits, sharding.BATCH, None, "tensor")
+
+
+def _stream(x: jax.Array) -> jax.Array:
+    """The residual stream between blocks: divided by sequences alone."""
+    return sharding.constrain(x, sharding.BATCH, None, None)
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -310,8 +359,13 @@ def _norm(config: DecoderConfig, name: str) -> nn.RMSNorm:
     )
 
 
+def _residual_scale(config: DecoderConfig) -> float:
+    """Smaller with depth: the sum over all blocks keeps unit variance."""
+    return 1 / (2 * config.depth)
+
+
 def _residual_init(config: DecoderConfig) -> nn.initializers.Initializer:
-    """Fan-in scale, smaller with depth: the sum over all blocks keeps unit variance."""
+    """Fan-in scale for the layers that add to the residual stream."""
     return nn.initializers.variance_scaling(
-        1 / (2 * config.depth), "fan_in", "truncated_normal"
+        _residual_scale(config), "fan_in", "truncated_normal"
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from wlab import data
+from wlab.data import _windows
 
 TEXT = np.arange(107, dtype=np.uint8)  # ten windows of ten, and a rest of seven
 
@@ -78,3 +79,46 @@ def test_valid_windows_are_as_many_as_there_are():
     assert len(np.unique(got[..., 0])) == 9
     with pytest.raises(ValueError, match="10 windows of 10 tokens make no batch of 11"):
         data.valid_windows(TEXT, batch=11, length=9, limit=1)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_share_every_batch(hosts):
+    want = take(batches(batch=8), 6)  # 48 windows: nearly five epochs
+    parts = [take(batches(batch=8, shard=(h, hosts)), 6) for h in range(hosts)]
+    assert {part.shape for part in parts} == {(6, 8 // hosts, 10)}
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), want)
+
+
+def test_a_host_reads_its_own_windows_alone(monkeypatch):
+    read = []
+    getitem = _windows._Windows.__getitem__
+    monkeypatch.setattr(
+        _windows._Windows,
+        "__getitem__",
+        lambda self, index: read.append(index) or getitem(self, index),
+    )
+    own = take(batches(batch=4, shard=(1, 2)), 2)
+    np.testing.assert_array_equal(np.ravel(own[..., 0]), np.array(read) * 10)
+
+
+@pytest.mark.parametrize("hosts", [1, 4])
+def test_a_state_may_move_to_another_number_of_hosts(hosts):
+    saved = batches(batch=8, shard=(1, 2))
+    take(saved, 3)
+    state = json.loads(json.dumps(saved.get_state()))
+    whole = batches(batch=8)
+    take(whole, 3)
+    assert whole.get_state() == state
+    moved = [batches(batch=8, shard=(h, hosts)) for h in range(hosts)]
+    for iterator in moved:
+        iterator.set_state(state)
+    parts = [take(iterator, 5) for iterator in moved]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), take(whole, 5))
+
+
+def test_shares_are_checked():
+    with pytest.raises(ValueError, match=r"batch=6.*equally among 4 hosts"):
+        batches(batch=6, shard=(0, 4))
+    for shard in [(2, 2), (-1, 2), (0, 0)]:
+        with pytest.raises(ValueError, match="the number from 0"):
+            batches(shard=shard)

@@ -138,12 +138,9 @@ def text_files(path: str | os.PathLike[str]) -> Corpus:
         OSError: if a file cannot be read.
         ValueError: if there is no text, or a file is not text.
     """
-    root = pathlib.Path(path)
-    if not root.exists():
-        raise FileNotFoundError(f"there is no file or folder {root}")
-    files = [root] if root.is_file() else sorted(_visible(root))
+    paths = text_paths(path)
     documents = {}
-    for file in files:
+    for name, file in paths.items():
         try:
             content = file.read_bytes()
         except OSError as error:
@@ -153,13 +150,18 @@ def text_files(path: str | os.PathLike[str]) -> Corpus:
                 f"{file} holds a 0 byte, so it is not text: move it elsewhere, or pass "
                 "the path of one text file"
             )
-        documents[file.relative_to(root).as_posix()] = content
-    if sum(map(len, documents.values())) < _HELD_OUT:
-        raise ValueError(
-            f"{root} holds less than {_HELD_OUT} bytes in {len(files)} files: pass a "
-            "text file, or a folder with text files in it"
-        )
-    return _corpus(*_split(documents), root.resolve().name)
+        documents[name] = content
+    check_size({name: len(d) for name, d in documents.items()}, path)
+    return _corpus(*_split(documents), pathlib.Path(path).resolve().name)
+
+
+def text_paths(path: str | os.PathLike[str]) -> dict[str, pathlib.Path]:
+    """The files that `text_files` reads, by their names within the folder."""
+    root = pathlib.Path(path)
+    if not root.exists():
+        raise FileNotFoundError(f"there is no file or folder {root}")
+    files = [root] if root.is_file() else sorted(_visible(root))
+    return {file.relative_to(root).as_posix(): file for file in files}
 
 
 def _visible(folder: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -204,24 +206,51 @@ def _is_utf8(content: bytes) -> bool:
     return True
 
 
+def check_size(sizes: Mapping[str, int], path: str | os.PathLike[str]) -> None:
+    """Refuses files that are too small for any to be held out."""
+    if sum(sizes.values()) < _HELD_OUT:
+        raise ValueError(
+            f"{os.fspath(path)} holds less than {_HELD_OUT} bytes in {len(sizes)} "
+            "files: pass a text file, or a folder with text files in it"
+        )
+
+
+def held_out(
+    sizes: Mapping[str, int],
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
+    """The rule of `text`: which bytes `[start, stop)` of which documents are on a side.
+
+    Args:
+        sizes: of the documents in bytes, by their names.
+
+    Returns:
+        The documents to learn from and those held out, in the order of their names.
+    """
+    sizes = {name: sizes[name] for name in sorted(sizes) if sizes[name]}
+    wanted = sum(sizes.values()) // _HELD_OUT
+    held: set[str] = set()
+    size = 0
+    for name in sorted(sizes, key=lambda n: hashlib.sha256(n.encode()).digest()):
+        if size < wanted and sizes[name] <= wanted:
+            held.add(name)
+            size += sizes[name]
+    if size < wanted / 2:
+        cuts = {name: n - n // _HELD_OUT for name, n in sizes.items()}
+        train = {name: (0, cut) for name, cut in cuts.items()}
+        valid = {name: (cut, sizes[name]) for name, cut in cuts.items()}
+    else:
+        train = {name: (0, n) for name, n in sizes.items() if name not in held}
+        valid = {name: (0, n) for name, n in sizes.items() if name in held}
+    return train, valid
+
+
 def _split(documents: Mapping[str, bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Trains on most documents and holds the others out, by `text`'s rule."""
-    documents = {name: documents[name] for name in sorted(documents) if documents[name]}
-    wanted = sum(map(len, documents.values())) // _HELD_OUT
-    held: list[str] = []
-    size = 0
-    for name in sorted(documents, key=lambda n: hashlib.sha256(n.encode()).digest()):
-        if size < wanted and len(documents[name]) <= wanted:
-            held.append(name)
-            size += len(documents[name])
-    if size < wanted / 2:
-        cuts = {n: len(d) - len(d) // _HELD_OUT for n, d in documents.items()}
-        train = [d[: cuts[n]] for n, d in documents.items()]
-        valid = [d[cuts[n] :] for n, d in documents.items()]
-    else:
-        train = [d for n, d in documents.items() if n not in held]
-        valid = [d for n, d in documents.items() if n in held]
-    return _join(train), _join(valid)
+    train, valid = (
+        _join([documents[name][start:stop] for name, (start, stop) in side.items()])
+        for side in held_out({name: len(d) for name, d in documents.items()})
+    )
+    return train, valid
 
 
 def _join(documents: list[bytes]) -> np.ndarray:

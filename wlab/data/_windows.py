@@ -5,6 +5,8 @@
 import grain
 import numpy as np
 
+from wlab.data._pipeline import host_batches
+
 __all__ = ["valid_windows", "windows"]
 
 
@@ -24,26 +26,38 @@ class _Windows:
 
 
 def windows(
-    tokens: np.ndarray, *, batch: int, length: int, seed: int
+    tokens: np.ndarray,
+    *,
+    batch: int,
+    length: int,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator[np.ndarray]:
     """Batches of windows in random order, for ever.
 
     Every window is seen once in an epoch, and the order changes with the epoch; a
     batch may end one epoch and begin the next.
 
+    Several hosts share a batch: host `h` of `H` yields rows
+    `[h * batch / H, (h + 1) * batch / H)` of exactly the batch that one host alone
+    would yield, and reads no other. A state saved by any host can be restored on any
+    number of hosts, for the same `batch`.
+
     Args:
-        tokens: the text, integers, `[size]`.
-        batch: windows in a batch.
+        tokens: the text, integers, `[size]`; the same on every host.
+        batch: windows in a batch, of all hosts together.
         length: tokens that the model reads. A window has one more, so that each of
             them has a next one to predict.
         seed: of the order.
+        shard: this host's number and how many hosts there are.
 
     Returns:
-        An iterator over int32 `[batch, length + 1]`. Its `get_state()`, which can be
-        written as JSON, and `set_state(state)` save and restore its position.
+        An iterator over int32 `[batch / hosts, length + 1]`. Its `get_state()`, which
+        can be written as JSON, and `set_state(state)` save and restore its position.
 
     Raises:
-        ValueError: if the text is shorter than one window.
+        ValueError: if the text is shorter than one window, or `batch` cannot be shared
+            out equally among the hosts.
 
     Examples:
         >>> batches = windows(np.arange(1000), batch=2, length=9, seed=0)
@@ -54,10 +68,8 @@ def windows(
     """
     source = _source(tokens, batch, length)
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    dataset = dataset.batch(batch, drop_remainder=True)
     # The text is in memory: a thread would wait for the interpreter, not for a disk.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(dataset.to_iter_dataset(options))
+    return host_batches(dataset, batch=batch, shard=shard, threads=0)
 
 
 def valid_windows(

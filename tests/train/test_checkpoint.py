@@ -2,8 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is saved comes back to the bit and of its type, or a sentence says why not."""
 
+import errno
+import json
 import os
+import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import chex
 import jax
@@ -12,6 +18,8 @@ import numpy as np
 import optax
 import pytest
 
+import wlab
+from wlab import quant
 from wlab.core import LowRank
 from wlab.train import Checkpoints, init_state, make_train_step
 
@@ -112,6 +120,53 @@ def test_restored_arrays_lie_where_the_template_says(tmp_path, mesh):
         np.testing.assert_array_equal(got["x"], x)
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_run_moves_to_another_mesh_and_back_to_one_device(tmp_path, kind):
+    """Packed weights and the state of ECO, saved on (4, 2), restored elsewhere."""
+    tx = wlab.optim.eco(1e-2, grid="int4", rounding="stochastic")
+    kinds = (getattr(jax.sharding.AxisType, kind),) * 2
+
+    def begin():
+        w = jax.random.normal(jax.random.key(0), (16, 32))
+        return init_state(quant.quantize_tree({"w": w}, grid="int4"), tx)
+
+    def placed(mesh):
+        """The type of the state with every matrix divided both ways."""
+
+        def spec(x):
+            return (
+                jax.P("data", "model") if x.ndim == 2 and min(x.shape) > 8 else jax.P()
+            )
+
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec(x))
+            ),
+            jax.eval_shape(begin),
+        )
+
+    meshes = [
+        jax.make_mesh(shape, ("data", "model"), axis_types=kinds)
+        for shape in ((4, 2), (2, 4))
+    ]
+    want = begin()
+    types = placed(meshes[0])
+    state = jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), want, types)
+    divided = [x for x in jax.tree.leaves(state) if not x.is_fully_replicated]
+    assert {str(x.dtype) for x in divided} == {"uint4", "float32"}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        for template in (placed(meshes[1]), types, jax.eval_shape(begin)):
+            _, got, _ = checkpoints.restore(template)
+            assert jax.tree.structure(got) == jax.tree.structure(want)
+            chex.assert_trees_all_equal(plain(got), plain(want))
+            for x, form in zip(
+                jax.tree.leaves(got), jax.tree.leaves(template), strict=True
+            ):
+                assert x.dtype == form.dtype
+                assert form.sharding in (None, x.sharding)
+
+
 def test_a_template_of_types_needs_the_mesh(tmp_path):
     kinds = (jax.sharding.AxisType.Explicit,) * 2
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
@@ -198,7 +253,205 @@ def test_a_relative_directory(tmp_path, monkeypatch):
     assert os.path.isdir(tmp_path / "runs" / "one" / "1")
 
 
-@pytest.mark.parametrize("bad", [{"keep": 0}, {"every": 0}])
+@pytest.mark.parametrize("bad", [{"keep": 0}, {"every": 0}, {"keep_every": 0}])
 def test_numbers_are_checked(tmp_path, bad):
     with pytest.raises(ValueError, match="must be positive"):
         Checkpoints(tmp_path, **bad)
+
+
+def test_some_are_kept_for_ever(tmp_path):
+    with Checkpoints(tmp_path, keep=2, keep_every=20) as checkpoints:
+        for step in range(5, 55, 5):
+            checkpoints.save(step, {"x": jnp.zeros(2)})
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [20, 40, 45, 50]
+
+
+def test_what_killed_saves_left_is_removed_by_who_saves(tmp_path):
+    for step in (2, 3):
+        left = tmp_path / f"{step}.orbax-checkpoint-tmp" / "leaves.orbax-checkpoint-tmp"
+        left.mkdir(parents=True)
+    # A bystander who reads must not spoil the save of a run.
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
+    assert left.exists()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, {"x": jnp.ones(2)})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore({"x": jnp.zeros(2)})[1]["x"].tolist() == [1, 1]
+    assert [p.name for p in tmp_path.iterdir()] == ["3"]
+
+
+# What is damaged, or not ours.
+
+BIG = {"x": np.arange(3000.0, dtype=np.float32), "y": np.float32(2)}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("two")
+    with Checkpoints(folder) as checkpoints:
+        for step in (2, 4):
+            state = jax.tree.map(lambda x, step=step: jnp.asarray(x) + step, BIG)
+            checkpoints.save(step, state, {"at": step})
+    return folder
+
+
+def arrays_file(step: pathlib.Path) -> pathlib.Path:
+    """The file that holds the numbers."""
+    return max((step / "leaves").rglob("d/*"), key=lambda p: p.stat().st_size)
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+    "array cut in half": lambda step: halve(arrays_file(step)),
+    "array emptied": lambda step: arrays_file(step).write_bytes(b""),
+    "array deleted": lambda step: arrays_file(step).unlink(),
+    "index deleted": lambda step: (step / "leaves" / "manifest.ocdbt").unlink(),
+    "leaves deleted": lambda step: shutil.rmtree(step / "leaves"),
+    "types cut in half": lambda step: halve(step / "types" / "metadata"),
+    "meta emptied": lambda step: (step / "meta" / "metadata").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_told_and_the_one_before_offered(tmp_path, two, damage):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    DAMAGES[damage](tmp_path / "4")
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match=r"checkpoint 4 in .* is damaged") as error:
+            checkpoints.restore(BIG)
+        assert "The one of step 2 is whole" in str(error.value)
+        assert "restore(template, step=2)" in str(error.value)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+        step, got, _ = checkpoints.restore(BIG, step=2)
+        assert step == 2 and got["y"] == 4
+        # A run that goes on says so, and can save the step again.
+        with pytest.warns(RuntimeWarning, match="4 .*damaged.* going on from step 2"):
+            step, got, meta = checkpoints.recover(BIG)
+        assert (step, meta) == (2, {"at": 2})
+        np.testing.assert_array_equal(got["x"], BIG["x"] + 2)
+        checkpoints.save(4, got)
+    assert {p.name for p in tmp_path.iterdir()} == {"2", "4", "damaged-4"}
+
+
+def test_none_is_whole(tmp_path, two):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    for step in ("2", "4"):
+        halve(arrays_file(tmp_path / step))
+    with Checkpoints(tmp_path) as checkpoints:
+        for read in (checkpoints.restore, checkpoints.recover):
+            with pytest.raises(ValueError, match=r"4 in .*No earlier one is whole"):
+                read(BIG)
+    assert (tmp_path / "4").exists()
+
+
+def test_a_template_that_differs_is_no_damage(tmp_path, two):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match=r"checkpoint 4 .*does not fit"):
+            checkpoints.recover({"x": jnp.zeros(3)})
+        assert checkpoints.latest_step() == 4
+
+
+def test_a_folder_of_another_program(tmp_path):
+    (tmp_path / "7" / "default").mkdir(parents=True)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match="7 is no checkpoint of wlab: it holds def"),
+    ):
+        checkpoints.recover(BIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99, "wlab": "9.9"}, "format 99, of wlab 9.9, .*later one"),
+        ({"format": 0, "wlab": "0.0.1"}, "format 0, of wlab 0.0.1, .*start anew"),
+        ({"format": None, "wlab": None}, "format 0, of an early wlab, .*start anew"),
+    ],
+)
+def test_another_format(tmp_path, two, change, message):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "4" / "types" / "metadata"
+    table = json.loads(path.read_text())
+    assert (table["format"], table["wlab"]) == (1, wlab.__version__)
+    assert table["jax"] == jax.__version__
+    table = {k: v for k, v in (table | change).items() if v is not None}
+    path.write_text(json.dumps(table))
+    with Checkpoints(tmp_path) as checkpoints:
+        for read in (checkpoints.restore, checkpoints.recover):
+            with pytest.raises(ValueError, match=message):
+                read(BIG)
+
+
+# A disk that fails.
+
+
+@pytest.mark.parametrize("where", ["save", "wait_until_finished"])
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, where):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(2)})
+        checkpoints.wait()
+
+        real = checkpoints._manager.wait_until_finished
+
+        def fail(*args, **kwargs):
+            monkeypatch.undo()  # there is room again
+            real()
+            raise full
+
+        if where == "save":
+            monkeypatch.setattr(checkpoints._manager, where, fail)
+            with pytest.warns(RuntimeWarning, match="No space left") as told:
+                checkpoints.save(2, {"x": jnp.ones(2)})
+        else:
+            checkpoints.save(2, {"x": jnp.ones(2)})
+            monkeypatch.setattr(checkpoints._manager, where, fail)
+            with pytest.warns(RuntimeWarning, match="No space left") as told:
+                checkpoints.wait()
+        (one,) = told
+        assert "the checkpoint of step 2" in str(one.message)
+        assert str(tmp_path) in str(one.message)
+        checkpoints.save(3, {"x": jnp.ones(2)})
+    assert (tmp_path / "3").exists()
+
+
+def test_writes_that_fail_in_the_background(tmp_path):
+    """A limit on the size of files: the writes of a real save fail."""
+    code = """
+import resource, signal, sys
+import jax
+from wlab.train import Checkpoints
+x = {"x": jax.random.normal(jax.random.key(0), (400, 400))}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with Checkpoints(sys.argv[1], keep=2) as checkpoints:
+    for step in 1, 2, 3, 4, 5:
+        limit = 100_000 if step in (3, 4) else resource.RLIM_INFINITY
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        checkpoints.save(step, x)
+    checkpoints.wait()
+    assert checkpoints.latest_step() == 5
+    checkpoints.restore(x, step=2)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for step in (3, 4):
+        line = f"checkpoint of step {step} could not be written to {tmp_path}: File too"
+        assert line in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "5"]
+
+
+def test_meta_that_json_does_not_know(tmp_path):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(TypeError, match="not JSON serializable"),
+    ):
+        checkpoints.save(1, {"x": jnp.ones(2)}, {"a": object()})

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The train step: a pure function from state and batch to state and metrics."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wlab.core import materialise
+from wlab.core import materialise, sharding
 
 __all__ = [
     "LossFn",
@@ -98,7 +99,10 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> StepFn
     grad_fn = jax.value_and_grad(_with_metrics(loss_fn), has_aux=True)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        (loss, extra), grads = grad_fn(materialise(state.params), batch)
+        dense = materialise(state.params)
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, dense)
+        run = sharding.with_auto_axes(grad_fn, ((jax.P(), jax.P()), specs))
+        (loss, extra), grads = run(dense, batch)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, value=loss, grad=grads
         )
@@ -111,12 +115,23 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> StepFn
     return step
 
 
-def jit_step(step: StepFn) -> StepFn:
+def jit_step(step: StepFn, state: TrainState | None = None) -> StepFn:
     """Compiles a step that writes the new state over the old one.
 
     The state passed in is gone after the call: keep the one that comes back.
+
+    Args:
+        step: from `make_train_step`.
+        state: a state on a mesh, or an abstract one: every step leaves it where it is.
+
+    Returns:
+        The compiled step. The mesh of the state must be set when it is called, as
+        `fit` does.
     """
-    return jax.jit(step, donate_argnums=0)
+    places = None
+    if state is not None and sharding.mesh_of(state) is not None:
+        places = (jax.tree.map(lambda x: x.sharding, state), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
 def make_evaluate(loss_fn: LossFn, batches: Any) -> Callable[[Any], Metrics]:
@@ -128,21 +143,34 @@ def make_evaluate(loss_fn: LossFn, batches: Any) -> Callable[[Any], Metrics]:
 
     Returns:
         `evaluate(params)`, compiled, which returns the means of "loss" and of the
-        further metrics over the `n` batches.
+        further metrics over the `n` batches. On the mesh of the parameters each batch
+        is divided as those of training are; every host passes all of it.
     """
-    batches = jax.tree.map(jnp.asarray, batches)
 
     @jax.jit
     def means(params: Any, batches: Any) -> Metrics:
-        dense = materialise(params)
+        def mean(dense: Any, batches: Any) -> Metrics:
+            def one(batch: Any) -> Metrics:
+                loss, extra = _with_metrics(loss_fn)(dense, batch)
+                return {"loss": loss, **extra}
 
-        def one(batch: Any) -> Metrics:
-            loss, extra = _with_metrics(loss_fn)(dense, batch)
-            return {"loss": loss, **extra}
+            return jax.tree.map(lambda m: m.mean(axis=0), jax.lax.map(one, batches))
 
-        return jax.tree.map(lambda m: m.mean(axis=0), jax.lax.map(one, batches))
+        return sharding.with_auto_axes(mean, jax.P())(materialise(params), batches)
 
-    return lambda params: means(params, batches)
+    @functools.cache
+    def placed(mesh: jax.sharding.Mesh | None) -> Any:
+        if mesh is None:
+            return jax.tree.map(jnp.asarray, batches)
+        spec = sharding.batch_spec(mesh, lead=1)
+        return jax.device_put(batches, jax.NamedSharding(mesh, spec))
+
+    def evaluate(params: Any) -> Metrics:
+        mesh = sharding.mesh_of(params)
+        with sharding.on_mesh(mesh):
+            return means(params, placed(mesh))
+
+    return evaluate
 
 
 def _with_metrics(loss_fn: LossFn) -> Callable[[Any, Any], tuple[jax.Array, Metrics]]:

@@ -12,11 +12,13 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import io
 import json
 import os
 import pathlib
 import re
+import shlex
 import sys
 import tempfile
 import textwrap
@@ -28,7 +30,7 @@ from typing import Annotated, Any, NoReturn, get_args
 import wlab
 from wlab import methods
 
-_COMMANDS = ("list", "show", "run")
+_COMMANDS = ("list", "show", "run", "plan")
 
 
 class UsageError(ValueError):
@@ -60,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # nothing, or Python complains when it flushes on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if debug:
             raise
-        print("\nwlab: stopped", file=sys.stderr)
+        hint = f"; {stop}" if str(stop) else ""
+        print(f"\nwlab: stopped{hint}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if debug or not (line := _one_line(error)):
@@ -82,6 +85,8 @@ def _dispatch(args: list[str]) -> int:
         return _list(options.family, ready=options.ready, as_json=options.json)
     if options.command == "show":
         return _show(options.name, as_json=options.json)
+    if options.command == "plan":
+        return _plan(options)
     _parser().print_help()
     return 0
 
@@ -132,11 +137,34 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--family", choices=families, help="only this room")
     listing.add_argument("--ready", action="store_true", help="only what is there")
     listing.add_argument("--json", action="store_true", help="as JSON")
-    show = commands.add_parser("show", help="show one method")
-    show.add_argument("name", metavar="NAME", help="name of a method or of a recipe")
+    show = commands.add_parser("show", help="show one method, or a size of the model")
+    show.add_argument("name", metavar="NAME", help="a method, a recipe, or a size")
     show.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("run", help="run a recipe (see: wlab run --help)")
+    _add_plan(commands)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    """The options of `wlab plan`."""
+    plan = commands.add_parser(
+        "plan", help="what a train step needs on a pod, from its compiler"
+    )
+    plan.add_argument("--model", action="append", help="a size, such as 2b; repeatable")
+    plan.add_argument("--optimizer", action="append", help="such as eco; repeatable")
+    plan.add_argument("--topology", default="v5e:16x16", help="a slice, or cpu:8")
+    plan.add_argument("--batch", type=int, help="sequences of a step, on all devices")
+    plan.add_argument("--seq", type=int, default=2048, help="tokens of a sequence")
+    plan.add_argument(
+        "--mesh", help="data=..,fsdp=..,tensor=..,expert=..; -1: the rest"
+    )
+    plan.add_argument(
+        "--remat", choices=("full", "none"), help="compute activations again or not"
+    )
+    plan.add_argument(
+        "--largest-batch", action="store_true", help="search the largest that fits"
+    )
+    plan.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write it too")
 
 
 def _list(family: str | None, *, ready: bool, as_json: bool) -> int:
@@ -186,6 +214,10 @@ def _show(name: str, *, as_json: bool) -> int:
     try:
         method = owners[0] if owners else methods.find(name)
     except ValueError as error:
+        from wlab.models import sizes
+
+        if name in sizes.SIZES:
+            return _show_size(name, as_json=as_json)
         raise UsageError(str(error)) from error
     if as_json:
         print(json.dumps(method._asdict(), indent=2))
@@ -209,6 +241,80 @@ def _show(name: str, *, as_json: bool) -> int:
     return 0
 
 
+def _show_size(name: str, *, as_json: bool) -> int:
+    """Prints the shape of a size of the decoder, and its parameters."""
+    from wlab.models import sizes
+
+    config = sizes.get_size(name)
+    counts = sizes.parameter_counts(config)
+    shape = ("vocab", "width", "depth", "heads", "kv_heads", "head_dim", "hidden")
+    known = {field: getattr(config, field) for field in shape}
+    if config.experts:
+        known |= {"experts": config.experts, "per_token": config.experts_per_token}
+    if as_json:
+        print(json.dumps({"size": name, **known, **counts._asdict()}, indent=2))
+        return 0
+    print(f"{name}, a size of the decoder (wlab.models.sizes)")
+    print("  shape     " + ", ".join(f"{key} {value}" for key, value in known.items()))
+    print(f"  total     {counts.total:,} parameters")
+    print(f"  active    {counts.active:,} for a token")
+    for kind, count in counts.by_kind.items():
+        print(f"  {kind:<9} {count:,}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """Compiles a step for each model and optimiser, and prints what it needs."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, (options.mesh or "").split(",")):
+        name, _, size = part.partition("=")
+        if not re.fullmatch(r"-?\d+", size) or not name.isidentifier():
+            raise UsageError(f"--mesh {options.mesh}: write it as data=2,fsdp=-1")
+        sizes[name.strip()] = int(size)
+    # Before jax starts: the compiler needs no TPU, and a cpu as many devices as asked.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    kind, _, count = options.topology.partition(":")
+    if kind == "cpu" and count.isdigit():
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", count)
+    from wlab import plan
+
+    arguments = {
+        "length": options.seq,
+        "mesh": sizes or None,
+        "remat": None if options.remat is None else options.remat == "full",
+    }
+    plans = []
+    for model in options.model or ["2b"]:
+        for optimizer in options.optimizer or ["adamw", "eco"]:
+            if options.largest_batch:
+                found = plan.largest_batch(
+                    model, optimizer, options.topology, **arguments
+                )
+                if found is None:
+                    print(f"{model} with {optimizer}: no batch fits", file=sys.stderr)
+                    continue
+            else:
+                found = plan.plan(
+                    model,
+                    optimizer,
+                    options.topology,
+                    batch=options.batch,
+                    **arguments,
+                )
+            plans.append(found)
+            seconds = f"{found.compile_seconds:.0f} s to compile"
+            print(f"{model} with {optimizer}: {seconds}", file=sys.stderr)
+    if options.json is not None:
+        plan.save(plans, options.json)
+    print(plan.table(plans))
+    if plans:
+        last = plans[-1]
+        mesh = ", ".join(f"{n}={size}" for n, size in last.mesh.items()) or "one device"
+        where = f"each of {last.devices} devices on {last.chips} chips"
+        print(f"bytes of {where}, mesh {mesh}")
+    return 0
+
+
 def _run(args: list[str]) -> int:
     """Runs a recipe, which saves its report, and prints it."""
     if args[:1] in (["--help"], ["-h"]):
@@ -222,18 +328,72 @@ def _run(args: list[str]) -> int:
         raise UsageError(_no_recipe(name))
     recipe = importlib.import_module(methods.RECIPES[name])
     options = _parse(name, recipe, rest)
+    if options.resume is not None:
+        options = _resumed(name, recipe, rest, options)
     _check_writable(options.out)
-    progress = not options.no_progress
-    report = recipe.run(options.config, out=options.out, progress=progress)
+    report = _kept(name, recipe, options)
     report.print()
     print(f"written to {options.out}")
     return 0
+
+
+def _kept(name: str, recipe: ModuleType, options: Any) -> Any:
+    """Runs a recipe so that it can be resumed; says how if the user stops it."""
+    from wlab.recipes import _run as runs
+
+    resume = options.resume is not None
+    keywords: dict[str, Any] = {"out": options.out, "progress": not options.no_progress}
+    if "resume" not in inspect.signature(recipe.run).parameters:
+        if resume:
+            print(f"{name} is short and keeps no steps: it runs anew", file=sys.stderr)
+        with runs.Run(name, options.config, options.out, resume=resume):
+            return recipe.run(options.config, **keywords)
+    try:
+        return recipe.run(options.config, **keywords, resume=resume)
+    except KeyboardInterrupt as stop:
+        if not runs.stopped_run(options.out):
+            raise
+        folder = shlex.quote(str(options.out))
+        raise KeyboardInterrupt(f"go on with: wlab run {name} --resume {folder}") from (
+            stop
+        )
+
+
+def _resumed(name: str, recipe: ModuleType, args: list[str], options: Any) -> Any:
+    """Returns the options of the run that is to be resumed.
+
+    Raises:
+      UsageError: If there is no such run, or an option contradicts it.
+    """
+    from wlab.recipes import _run as runs
+
+    folder = options.resume
+    try:
+        config = runs.stored_config(folder, name, recipe.Config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    given = _parse(name, recipe, args, None if options.quick else config, folder)
+    differs = runs.different(
+        dataclasses.asdict(config), dataclasses.asdict(given.config)
+    )
+    if differs:
+        raise UsageError(
+            f"the run in {folder} has another setting: {differs}; leave the options "
+            "out to go on with it, or start another run in another folder"
+        )
+    if given.out != folder:
+        raise UsageError(
+            f"--out {given.out} beside --resume {folder}: a run goes on in its own "
+            "folder; leave --out out"
+        )
+    return given
 
 
 def _run_help() -> str:
     """Returns the help of ``wlab run``."""
     lines = [
         "usage: wlab run NAME [--quick] [--out DIR] [--no-progress] [options]",
+        "       wlab run NAME --resume DIR",
         "",
         "recipes:",
     ]
@@ -258,16 +418,24 @@ def _no_recipe(name: str) -> str:
     return f"there is no recipe {name!r}{near or f'; there are: {recipes}'}"
 
 
-def _parse(name: str, recipe: ModuleType, args: list[str]) -> Any:
+def _parse(
+    name: str,
+    recipe: ModuleType,
+    args: list[str],
+    config: Any = None,
+    out: pathlib.Path | None = None,
+) -> Any:
     """Returns a recipe's configuration and the options all recipes have.
 
     Args:
       name: Name of the recipe.
       recipe: Its module, with ``Config`` and ``QUICK``.
       args: The arguments after the name.
+      config: What holds where they say nothing; by default the recipe's own.
+      out: The folder where they name none.
 
     Returns:
-      An object with ``config``, ``out``, ``quick`` and ``no_progress``.
+      An object with ``config``, ``out``, ``resume``, ``quick`` and ``no_progress``.
 
     Raises:
       UsageError: If an argument is not known or its value is not valid.
@@ -276,12 +444,20 @@ def _parse(name: str, recipe: ModuleType, args: list[str]) -> Any:
 
     # These options stand beside the fields of Config in one help text.
     arg, unpaired = tyro.conf.arg, tyro.conf.FlagCreatePairsOff
-    config = recipe.QUICK if "--quick" in args else recipe.Config()
+    if config is None:
+        config = recipe.QUICK if "--quick" in args else recipe.Config()
     fields: dict[str, tuple[Any, Any]] = {
         "config": (Annotated[recipe.Config, arg(name="")], config),
         "out": (
             Annotated[pathlib.Path, arg(help="Folder of report.json and report.png.")],
-            pathlib.Path("runs") / name,
+            out or pathlib.Path("runs") / name,
+        ),
+        "resume": (
+            Annotated[
+                pathlib.Path | None,
+                arg(help="Go on with the run in this folder.", metavar="DIR"),
+            ],
+            None,
         ),
         "quick": (
             Annotated[bool, arg(help="Start from the tiny setting."), unpaired],

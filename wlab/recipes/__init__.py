@@ -4,7 +4,8 @@
 
 A recipe is a module with a frozen dataclass ``Config``, the tiny setting
 ``QUICK: Config`` and ``run(config, *, out, progress) -> Report``, which saves the
-report under ``out`` unless that is None. The names on the command line stand in
+report under ``out`` unless that is None. A recipe that trains for long takes ``resume``
+as well and hands its work to :class:`Run`. The names on the command line stand in
 :data:`wlab.methods.RECIPES`.
 """
 
@@ -14,6 +15,7 @@ from wlab.recipes._report import Curve as Curve
 from wlab.recipes._report import Finding as Finding
 from wlab.recipes._report import Metric as Metric
 from wlab.recipes._report import Report as Report
+from wlab.recipes._run import Run as Run
 from wlab.recipes._versions import Stopwatch as Stopwatch
 from wlab.recipes._versions import device as device
 from wlab.recipes._versions import versions as versions

@@ -9,7 +9,6 @@ master weights under the same quantised forward pass, and with rounding the weig
 every step without any memory of what is lost (arXiv 2601.22101, table 1).
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -31,7 +30,7 @@ from wlab.recipes import (
     Finding,
     Metric,
     Report,
-    Stopwatch,
+    Run,
     curves_and_tradeoff,
 )
 
@@ -60,15 +59,15 @@ class Config:
 
     grids: tuple[str, ...] = ("fp8_e4m3",)
     seeds: int = 1
-    steps: int = 400
+    steps: int = 300
     batch: int = 8
     length: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     text: str = "python"
-    width: int = 128
-    depth: int = 4
-    evaluations: int = 10
+    width: int = 96
+    depth: int = 3
+    evaluations: int = 8
 
 
 QUICK = Config(steps=12, batch=2, length=32, width=32, depth=1, evaluations=2)
@@ -97,7 +96,11 @@ class _Task(NamedTuple):
 
 
 def run(
-    config: Config, *, out: pathlib.Path | None = None, progress: bool = True
+    config: Config,
+    *,
+    out: pathlib.Path | None = None,
+    progress: bool = True,
+    resume: bool = False,
 ) -> Report:
     """Train every arm on the same batches and compare on held-out text.
 
@@ -105,12 +108,12 @@ def run(
         config: the setting.
         out: where report.json, report.png and the metrics go; None: nowhere.
         progress: whether to show bars on a terminal.
+        resume: whether to go on with the run that `out` holds.
 
     Returns:
         The report.
     """
     plans = _plans(config)
-    watch = Stopwatch.start()
     corpus = data.text(config.text)  # type: ignore[arg-type]
     model = Decoder(
         tiny(width=config.width, depth=config.depth, hidden=4 * config.width)
@@ -134,7 +137,8 @@ def run(
         return _Task(loss, train.make_evaluate(loss, held_out))
 
     arms = []
-    with train.Progress(show=None if progress else False) as bars:
+    bars = train.Progress(show=None if progress else False)
+    with Run("eco", config, out, resume=resume) as kept, bars:
         for plan in plans:
 
             def start(seed: int, plan: _Plan = plan) -> Any:
@@ -149,32 +153,34 @@ def run(
                     start,
                     corpus.train,
                     bars.add(plan.name, config.steps * config.seeds),
-                    out,
+                    kept,
                 )
             )
-    report = Report(
-        recipe="eco",
-        title=f"AdamW on {corpus.train.size / 1e6:.1f} MB of {config.text} text, "
-        f"{config.steps} steps of {config.batch * config.length} bytes",
-        claim=(
-            "Without master weights, ECO trains quantised weights nearly as well as "
-            "with them, and rounding alone does not."
-        ),
-        config=dataclasses.asdict(config) | {"digest": corpus.digest},
-        seeds=range(config.seeds),
-        metrics={
-            "bits_per_byte": Metric("held-out loss", "bits per byte", format=".4f"),
-            "bytes": Metric("weights and state", "bytes a parameter", format=".2f"),
-            "kernel_bytes": Metric("of the kernels", "bytes a parameter", format=".2f"),
-            "ms": Metric("step", "ms", lower_is_better=None, format=".0f"),
-        },
-        arms=arms,
-        started=watch.started,
-        seconds=watch.seconds,
-        findings=[f for grid in config.grids for f in _findings(grid, arms)],
-    )
-    if out is not None:
-        report.save(out, figure=figure)
+        report = Report(
+            recipe="eco",
+            title=f"AdamW on {corpus.train.size / 1e6:.1f} MB of {config.text} text, "
+            f"{config.steps} steps of {config.batch * config.length} bytes",
+            claim=(
+                "Without master weights, ECO trains quantised weights nearly as well "
+                "as with them, and rounding alone does not."
+            ),
+            config=dataclasses.asdict(config) | {"digest": corpus.digest},
+            seeds=range(config.seeds),
+            metrics={
+                "bits_per_byte": Metric("held-out loss", "bits per byte", format=".4f"),
+                "bytes": Metric("weights and state", "bytes a parameter", format=".2f"),
+                "kernel_bytes": Metric(
+                    "of the kernels", "bytes a parameter", format=".2f"
+                ),
+                "ms": Metric("step", "ms", lower_is_better=None, format=".0f"),
+            },
+            arms=arms,
+            started=kept.watch.started,
+            seconds=kept.watch.seconds,
+            findings=[f for grid in config.grids for f in _findings(grid, arms)],
+        )
+        if out is not None:
+            report.save(out, figure=figure)
     return report
 
 
@@ -220,14 +226,13 @@ def _train(
     start: Callable[[int], Any],
     tokens: np.ndarray,
     bar: Callable[[int, Mapping[str, Any]], None],
-    out: pathlib.Path | None,
+    kept: Run,
 ) -> Arm:
     """One arm over its seeds; the step is compiled once for all of them."""
     tx = _optimizer(config, plan)
     step = train.make_train_step(task.loss, tx)
-    losses, speeds, curves, history = [], [], [], {}
-    sizes: dict[str, float] = {}
-    for seed in range(config.seeds):
+
+    def one(name: str, seed: int) -> dict[str, Any]:
         params = start(seed)
         state = train.init_state(params, tx)
         sizes = _sizes(state)
@@ -235,37 +240,43 @@ def _train(
         batches = data.windows(
             tokens, batch=config.batch, length=config.length, seed=seed
         )
-        with _writer(out, plan.name, seed) as writer:
-            state, history = train.fit(
-                step,
-                state,
-                batches,
-                steps=config.steps,
-                every=max(1, config.steps // 40),
-                evaluate=task.evaluate,
-                evaluate_every=max(1, config.steps // config.evaluations),
-                metrics=writer,
-                progress=clock,
-            )
-        curve = np.asarray(train.bits(history["valid_loss"]))
-        losses.append(float(curve[-1]))
-        curves.append(curve)
-        speeds.append(clock.milliseconds_a_step())
+        _, history = kept.fit(
+            name,
+            step,
+            state,
+            batches,
+            steps=config.steps,
+            every=max(1, config.steps // 40),
+            evaluate=task.evaluate,
+            evaluate_every=max(1, config.steps // config.evaluations),
+            progress=clock,
+        )
+        return {
+            "steps": history["valid_step"],
+            "curve": train.bits(history["valid_loss"]),
+            "ms": clock.milliseconds_a_step(),
+            "sizes": sizes,
+        }
+
+    done = []
+    for seed in range(config.seeds):
+        name = f"{plan.name} {seed}"
+        done.append(kept.once(name, functools.partial(one, name, seed)))
+        bar((seed + 1) * config.steps, {})
+    curves = [run["curve"] for run in done]
+    # A seed resumed at its very end has no speed of its own.
+    speeds = [run["ms"] for run in done if np.isfinite(run["ms"])]
+    if 0 < len(speeds) < len(done):
+        speeds = [float(np.median(speeds))]
     return Arm(
         plan.name,
-        {"bits_per_byte": losses, "ms": speeds} | {k: [v] for k, v in sizes.items()},
+        {"bits_per_byte": [curve[-1] for curve in curves]}
+        | ({"ms": speeds} if speeds else {})
+        | {name: [size] for name, size in done[-1]["sizes"].items()},
         settings={"grid": plan.grid, **(_RULES[plan.rule] if plan.rule else {})},
-        curves={"bits_per_byte": Curve(history["valid_step"].tolist(), curves)},
+        curves={"bits_per_byte": Curve(done[-1]["steps"], curves)},
         baseline=plan.rule is not None and plan.rule.startswith("naive"),
     )
-
-
-def _writer(out: pathlib.Path | None, name: str, seed: int) -> Any:
-    """Where one run's records go."""
-    if out is None:
-        return contextlib.nullcontext()
-    stem = f"{name.replace(' ', '-')}-{seed}"
-    return train.MetricsWriter(out / "metrics" / f"{stem}.jsonl")
 
 
 def _loss(model: Decoder, grid: str | None, master: bool) -> train.LossFn:

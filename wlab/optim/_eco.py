@@ -94,7 +94,9 @@ def eco(
     bytes a parameter with this state. *Dense*: plain arrays whose values lie on the
     grid (to the last rounding of their dtype), for wrappers that need arrays of the
     parameters' shape, such as `optax.MultiSteps`. In both, gradients are taken at
-    ``wlab.materialise(params)``.
+    ``wlab.materialise(params)``. Under `optax.inject_hyperparams` a tree packed in 4
+    bits needs ``hyperparam_dtype=jnp.float32``: optax looks for a dtype that all leaves
+    promote to, and such codes have none.
 
     Args:
         learning_rate: a number or a schedule; the same value moves the weights and

@@ -106,6 +106,22 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
     assert "mesh data=2, fsdp=4" in out
     (row,) = json.loads(file.read_text())["plans"]
     assert row["fits"] and row["mesh"] == {"data": 2, "fsdp": 4}
+    (loaded,) = plan.load(file)
+    assert loaded._asdict() | {"fits": True} == row
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="holds no plans"):
+        plan.load(file)
+
+
+def test_a_pod_is_planned_by_its_own_compiler():
+    """What the compiler counts as arguments is what the plan says is stored."""
+    pytest.importorskip("libtpu", reason="the extra plan is not installed")
+    found = plan.plan(_small(), "eco", "v5e:2x2", length=64)
+    assert (found.devices, found.chips, found.mesh) == (4, 4, {"fsdp": 4})
+    assert found.fits and found.memory == 16 * 2**30
+    assert found.temporaries is not None
+    assert found.total >= found.parameters + found.state + found.temporaries
+    assert found.moved["all-gather"] > 0
 
 
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]):
@@ -120,3 +136,22 @@ def test_the_command_shows_a_size(capsys: pytest.CaptureFixture[str]):
     assert "total     2,014" in out
     assert main(["show", "tiny", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["total"] == 1_016_960
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(17.5G) exceeds available HBM (15.75G).",
+            (None, 17.5 * 2**30),
+        ),
+        (
+            "Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.",
+            (20 * 2**30, None),
+        ),
+        ("Ran out of memory.", (None, None)),
+    ],
+)
+def test_what_a_refusal_tells(text: str, needed: tuple[int | None, int | None]):
+    assert plan._needed(text) == needed

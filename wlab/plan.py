@@ -37,6 +37,7 @@ __all__ = [
     "Chip",
     "Plan",
     "largest_batch",
+    "load",
     "plan",
     "save",
     "table",
@@ -97,18 +98,19 @@ class Plan(NamedTuple):
     parameters: int  # bytes of the parameters as they are stored
     state: int  # bytes of the optimiser's state
     gradients: int  # bytes of the gradients, dense; they are part of the temporaries
-    temporaries: int | None  # bytes, None: the compiler found that it does not fit
-    total: int  # bytes: arguments, what is not written over them, and temporaries
+    temporaries: int | None  # bytes; None: the compiler refuses and does not say
+    total: int | None  # bytes of arguments, new outputs, temporaries; None: not told
     memory: int | None  # bytes that a device has; None: not known
     flops: float  # of the model, for a step on all devices, by formula
     moved: dict[str, float]  # bytes that a device sends in a step, by collective
+    refused: bool  # whether the compiler found that it does not fit
     compile_seconds: float
     measured_state: int | None  # bytes held by a device in a real run, on cpu
 
     @property
     def fits(self) -> bool:
         """Whether a device has the memory."""
-        if self.temporaries is None:
+        if self.refused or self.total is None:
             return False
         return self.memory is None or self.total <= self.memory
 
@@ -178,7 +180,10 @@ def plan(
     placed = sharding.shardings(dense, grid, rules)
     gradients = _bytes(jax.tree.map(_typed, dense, placed))
     parameters, state = _bytes(abstract.params), _bytes(abstract.opt_state)
-    total, temporaries, moved = refused, None, {}
+    moved: dict[str, float] = {}
+    total, temporaries = refused
+    if compiled is None and total is None and temporaries is not None:
+        total = parameters + state + temporaries
     if compiled is not None:
         memory = compiled.memory_analysis()
         temporaries = memory.temp_size_in_bytes
@@ -203,6 +208,7 @@ def plan(
         memory=chip.memory // chip.devices if chip else None,
         flops=train_flops(config, batch, length),
         moved=moved,
+        refused=compiled is None,
         compile_seconds=seconds,
         measured_state=_measure(make_params, tx, grid, rules) if not chip else None,
     )
@@ -282,6 +288,19 @@ def save(plans: Sequence[Plan], path: str | os.PathLike[str]) -> None:
     pathlib.Path(path).write_text(text + "\n")
 
 
+def load(path: str | os.PathLike[str]) -> list[Plan]:
+    """The plans that `save` wrote.
+
+    Raises:
+        ValueError: if the file holds none.
+    """
+    try:
+        rows = json.loads(pathlib.Path(path).read_text())["plans"]
+        return [Plan(**{k: v for k, v in row.items() if k != "fits"}) for row in rows]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no plans that wlab plan wrote") from error
+
+
 def _human(n: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
@@ -334,20 +353,29 @@ def _devices(topology: str) -> tuple[list[Any], str]:
 
 def _compile(
     step: train.StepFn, state: train.TrainState, batch: Any, mesh: Mesh
-) -> tuple[Any, int]:
-    """The compiled step; or None, and the bytes that a device would have needed."""
+) -> tuple[Any, tuple[int | None, int | None]]:
+    """The compiled step; or None, and what a device would have needed: `_needed`."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         run: Any = train.jit_step(step, state)
         lowered = run.lower(state, batch)
     try:
-        return lowered.compile(), 0
+        return lowered.compile(), (None, None)
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:
             raise
-        used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", text)
-        scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        return None, int(float(used[1]) * scale[used[2]]) if used else 0
+        return None, _needed(text)
+
+
+def _needed(text: str) -> tuple[int | None, int | None]:
+    """Bytes of all and of the temporaries, as far as a refusal tells them."""
+    scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+    def find(pattern: str) -> int | None:
+        found = re.search(pattern + r"([\d.]+)([KMGT])", text)
+        return int(float(found[1]) * scale[found[2]]) if found else None
+
+    return find(r"[Uu]sed "), find(r"HLO temporaries \(")
 
 
 def _make_params(config: DecoderConfig, grid: str | None) -> Any:

@@ -4,6 +4,7 @@
 
 import os
 import pathlib
+import signal
 import tempfile
 
 # Before jax is imported: a mesh of eight devices on any machine.
@@ -22,6 +23,8 @@ jax.config.update(
     ),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+# A shell's background ignores it, and so would all processes that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -241,7 +241,7 @@ def test_run_help_lists_recipes_and_options(recipe, capsys):
         (["run"], ["wlab run NAME", "eco-quadratic"]),
         (["run", "--quick", "fake"], ["wlab run NAME", "fake"]),
         (["run", "fakee"], ["'fakee'", "did you mean fake?"]),
-        (["run", "zzzzz"], ["'zzzzz'", "there are: eco, eco-quadratic, fake"]),
+        (["run", "zzzzz"], ["'zzzzz'", "there are: ", "eco, eco-quadratic", ", fake"]),
         (["run", "lisa"], ["lisa is to come", "wlab show lisa"]),
         (["run", "fake", "--step", "3"], ["--step;", "did you mean --steps?"]),
         (["run", "fake", "--wings", "3"], ["no option --wings", "--help"]),

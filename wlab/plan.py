@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -359,7 +360,10 @@ def _compile(
         run: Any = train.jit_step(step, state)
         lowered = run.lower(state, batch)
     try:
-        return lowered.compile(), (None, None)
+        with warnings.catch_warnings():
+            # What was compiled for a TPU cannot be read back from a cache without one.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation")
+            return lowered.compile(), (None, None)
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:

@@ -3,7 +3,6 @@
 """A run goes on with its state, its batches and its records as they were."""
 
 import itertools
-import os
 import signal
 import threading
 
@@ -163,7 +162,7 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, capsys, number):
 
     def ask(step, record):
         if step == 6:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     with pytest.raises(KeyboardInterrupt, match="stopped after step 8 of 13"):
         run(tmp_path, 13, progress=ask)

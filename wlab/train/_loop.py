@@ -108,11 +108,12 @@ def fit(
                 continue
             # Several hosts agree on the step after which all of them stop.
             asked = stop.asked or (several and reached_preemption_sync_point(i))
-            if last or asked or checkpoints.due(i):
+            saves = last or asked or checkpoints.due(i)
+            if saves:
                 # What is saved must not be ahead of what is written.
                 log.flush()
                 checkpoints.save(i, state, _meta(batches, log))
-            if asked:
+            if asked or (saves and stop.asked):
                 _stopped(checkpoints, i, steps)
     log.flush()
     return state, log.history()

@@ -24,7 +24,8 @@ def listening(wanted: bool) -> Generator[Stop]:
     """Takes the first Ctrl-C or SIGTERM as a wish; the second ends the process.
 
     Args:
-        wanted: whether to listen; it is possible in the main thread only.
+        wanted: whether to listen; it is possible in the main thread only. A signal
+            that is ignored, as ``nohup`` and a shell's background have it, stays so.
 
     Yields:
         What knows whether the run was asked to stop. The handlers from before are
@@ -35,10 +36,12 @@ def listening(wanted: bool) -> Generator[Stop]:
         yield stop
         return
 
+    before: dict[int, Any] = {}
+
     def ask(number: int, frame: FrameType | None) -> None:
         stop.asked = True
         # From here on the system itself acts, whatever Python waits for.
-        for each in _SIGNALS:
+        for each in before:
             signal.signal(each, signal.SIG_DFL)
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         print(
@@ -47,7 +50,6 @@ def listening(wanted: bool) -> Generator[Stop]:
             flush=True,
         )
 
-    before: dict[int, Any] = {}
     try:
         for each in _SIGNALS:
             if (handler := signal.getsignal(each)) not in (signal.SIG_IGN, None):

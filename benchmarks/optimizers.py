@@ -5,9 +5,12 @@
 ``python benchmarks/optimizers.py --json results/optimizers-cpu.json``
 
 The first table times the update of a tree of kernels of many shapes, given the
-gradients: memory traffic is the limit. The second times the train step of a decoder,
-forward and backward included, where ECO is held against AdamW with float32 master
-weights under the same quantised forward pass.
+gradients: memory traffic is the limit. The second times the update of a thousand small
+leaves against that of one as large as all of them. The third times the train step of a
+decoder, forward and backward included, where ECO is held against AdamW with float32
+master weights under the same quantised forward pass, and Drop-Muon and LISA take
+gradients of their active layers only. The last is the rate of Newton-Schulz iterations
+beside that of one matrix product.
 """
 
 import dataclasses
@@ -23,7 +26,8 @@ import tyro
 from _measure import Contender, bandwidth, matmul_rate, race, save, show
 
 import wlab
-from wlab import data, quant, train
+from wlab import data, optim, quant, train
+from wlab.models import layered
 from wlab.models.decoder import Decoder, tiny
 
 
@@ -67,7 +71,7 @@ def tree(width: int) -> Any:
 
 def optimizers() -> dict[str, tuple[Any, str | None, float, str]]:
     """Name: transform, grid of the packed weights, least traffic, baseline."""
-    eco, eco_muon = wlab.optim.eco, wlab.optim.eco_muon
+    eco, eco_muon = optim.eco, optim.eco_muon
     muon = functools.partial(
         optax.contrib.muon,
         muon_weight_dimension_numbers=wlab.core.muon_dimension_numbers,
@@ -89,7 +93,47 @@ def optimizers() -> dict[str, tuple[Any, str | None, float, str]]:
             0.0,
             "optax.contrib.muon",
         ),
+        "frugal columns": (
+            optim.frugal(1e-3, projection="columns"),
+            None,
+            0.0,
+            "optax.adamw",
+        ),
+        "frugal block": (optim.frugal(1e-3), None, 0.0, "optax.adamw"),
+        "frugal sign only": (
+            optim.frugal(1e-3, 0.0, projection="columns"),
+            None,
+            0.0,
+            "optax.adamw",
+        ),
+        "mup_adamw": (
+            optim.mup_adamw(1e-3, 0.1, _twice_as_wide),
+            None,
+            28.0,
+            "optax.adamw",
+        ),
+        "optax.adagrad": (optax.adagrad(1e-2), None, 20.0, ""),
+        "classp": (
+            optim.classp(1e-2, threshold=-1.0, power=2.0),
+            None,
+            20.0,
+            "optax.adagrad",
+        ),
+        "drop_muon, all layers": (
+            optim.drop_muon(1e-3, layers="blocks", sampling="full"),
+            None,
+            0.0,
+            "optax.contrib.muon",
+        ),
+        "lisa, 1 of 4": (optim.lisa(1e-3, "blocks", k=1), None, 0.0, "optax.adamw"),
     }
+
+
+def _twice_as_wide(params: Any) -> Any:
+    def width(_: str, x: Any) -> Any:
+        return optim.mup.Width("matrix" if x.ndim > 2 else "vector", 2.0, 2.0)
+
+    return wlab.core.map_with_path(width, params)
 
 
 def pack(params: Any, grid: str | None) -> Any:
@@ -120,6 +164,44 @@ def updates(config: Config, roof: float) -> list[Any]:
 
     rows = [contender(name, *row) for name, row in optimizers().items()]
     return race(rows, grads, config.repeats, roof)
+
+
+def small_leaves(config: Config, roof: float) -> list[Any]:
+    """A thousand leaves, and one of their size."""
+    n = 16 if config.scale == "smoke" else 1000
+    one = {"kernel": jnp.full((8, 8 * n), 0.5)}
+    many = {f"layer{i}": {"kernel": jnp.full((8, 8), 0.5)} for i in range(n)}
+    rows = []
+    chosen = ("optax.adamw", "eco fp8 nearest", "frugal columns", "mup_adamw", "classp")
+    for name in chosen:
+        tx, grid, *_ = optimizers()[name]
+        for label, params in ((f"{name}, one", one), (f"{name}, {n}", many)):
+            held = pack(params, grid)
+            start = train.init_state(held, tx)
+            carry = (start.params, start.opt_state)
+
+            def step(carry: Any, scale: Any, tx: Any = tx, params: Any = params) -> Any:
+                held, state = carry
+                grads = jax.tree.map(lambda x: scale * x, params)
+                change, state = tx.update(grads, state, held)
+                return optax.apply_updates(held, change), state
+
+            base = "" if params is one else f"{name}, one"
+            rows.append(Contender(label, step, carry, carry, 64 * n, baseline=base))
+    return race(rows, jnp.float32(0.1), config.repeats, roof)
+
+
+def newton_schulz(config: Config, roof: float) -> list[Any]:
+    """Five iterations on a square matrix, in float32."""
+    rows = []
+    for m in (64,) if config.scale == "smoke" else (512, 1024):
+        x = jax.random.normal(jax.random.key(0), (m, m))
+
+        def step(carry: Any, _: Any) -> Any:
+            return wlab.core.linalg.orthogonalize(carry)
+
+        rows.append(Contender(f"{m} x {m}", step, x, (), m * m))
+    return race(rows, jnp.float32(0), config.repeats, roof)
 
 
 def train_steps(config: Config, roof: float) -> list[Any]:
@@ -184,16 +266,77 @@ def train_steps(config: Config, roof: float) -> list[Any]:
     return race(rows, batch, config.repeats, roof)
 
 
+def layer_steps(config: Config, roof: float) -> list[Any]:
+    """Steps of active layers only: cut by cut for Drop-Muon, one of eight for LISA."""
+    depth = 2 if config.scale == "smoke" else 8
+    wide = 32 if config.scale == "smoke" else 128
+    shape = tiny(width=wide, depth=depth, hidden=4 * wide, tied=False, scan=True)
+    model, length = Decoder(shape), 32 if config.scale == "smoke" else 128
+    corpus = data.text("pydoc")
+    batch = jnp.asarray(
+        next(data.windows(corpus.train, batch=8, length=length, seed=0))
+    )
+    params = model.init(jax.random.key(0), batch[:, :-1])["params"]
+    count = sum(x.size for x in jax.tree.leaves(params))
+    parts = layered(model, train.next_token_loss)
+
+    def contender(name: str, loss: Any, tx: Any, base: str, active: Any = None) -> Any:
+        tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
+        step = train.make_train_step(loss, tx, active=active)
+        state = train.init_state(params, tx)
+        return Contender(
+            name,
+            lambda carry, batch: step(carry, batch)[0],
+            state,
+            state.opt_state,
+            count,
+            baseline=base,
+        )
+
+    def loss(params: Any, batch: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params}, batch[:, :-1])
+        return train.next_token_loss(logits, batch)
+
+    full = optim.drop_muon(1e-3, layers="blocks", sampling="full")
+    rows = [
+        contender("adamw", loss, optax.adamw(1e-3), ""),
+        contender("muon, whole gradients", loss, full, ""),
+    ]
+    for cut in range(depth):
+        only = jax.nn.one_hot(cut, depth)
+        rows.append(
+            contender(
+                f"drop_muon, cut {cut} of {depth}",
+                parts,
+                optim.drop_muon(1e-3, layers="blocks", sampling=only),
+                "muon, whole gradients",
+                optim.active_layers,
+            )
+        )
+    lisa = optim.lisa(1e-3, "blocks", k=1)
+    rows.append(
+        contender(f"lisa, 1 of {depth}", parts, lisa, "adamw", optim.active_layers)
+    )
+    return race(rows, batch, config.repeats, roof)
+
+
 def main(config: Config) -> None:
-    """Run both tables."""
+    """Run all tables."""
     roof, rate = bandwidth(), matmul_rate()
     print(f"triad {roof / 1e9:.1f} GB/s, float32 product {rate / 1e9:.0f} GFLOP/s")
     sections = {
         "update": updates(config, roof),
+        "small leaves": small_leaves(config, roof),
         "train step": train_steps(config, roof),
+        "active layers": layer_steps(config, roof),
+        "Newton-Schulz": newton_schulz(config, roof),
     }
     for name, rows in sections.items():
         show(name, rows)
+    for row in sections["Newton-Schulz"]:
+        m = int(row.name.split()[0])
+        share = 5 * 6 * m**3 / (1e-3 * row.ms) / rate
+        print(f"Newton-Schulz of {row.name}: {share:.2f} of the rate of a product")
     if config.json is not None:
         save(
             config.json,

@@ -6,12 +6,22 @@ from wlab.core import _bits as bits  # noqa: F401
 from wlab.core import _linalg as linalg  # noqa: F401
 from wlab.core import _sharding as sharding  # noqa: F401
 from wlab.core import _ste as ste  # noqa: F401
+from wlab.core import _subset as subsets  # noqa: F401
 from wlab.core._keys import fold_path as fold_path
+from wlab.core._keys import typed_key as typed_key
+from wlab.core._layered import Layered as Layered
+from wlab.core._layered import LayerGrads as LayerGrads
+from wlab.core._layered import Layers as Layers
+from wlab.core._layered import find_layers as find_layers
+from wlab.core._layered import layered_value_and_grad as layered_value_and_grad
 from wlab.core._lift import Weight as Weight
 from wlab.core._lift import is_weight as is_weight
 from wlab.core._lift import lift as lift
 from wlab.core._lift import materialise as materialise
 from wlab.core._lowrank import LowRank as LowRank
+from wlab.core._subset import Draw as Draw
+from wlab.core._subset import SubsetState as SubsetState
+from wlab.core._subset import subset as subset
 from wlab.core._tree import Leaf as Leaf
 from wlab.core._tree import Pattern as Pattern
 from wlab.core._tree import Select as Select

@@ -5,6 +5,7 @@
 import zlib
 
 import jax
+import jax.numpy as jnp
 
 
 def fold_path(key: jax.Array, path: str) -> jax.Array:
@@ -15,3 +16,11 @@ def fold_path(key: jax.Array, path: str) -> jax.Array:
         path: the leaf's normalised path.
     """
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def typed_key(key: jax.Array | int) -> jax.Array:
+    """A typed key: a copy of the one that is given, or that of a seed."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        # It goes into states, which are donated: the caller's must live on.
+        return jnp.copy(key)
+    return jax.random.key(key)

@@ -4,3 +4,4 @@
 
 from wlab.models import decoder as decoder
 from wlab.models import sizes as sizes
+from wlab.models._layered import layered as layered

@@ -206,6 +206,11 @@ def apply_with_losses(
     logits, sown = model.apply(
         {"params": params}, tokens, mutable=["losses", "metrics"]
     )
+    return logits, router_metrics(sown)
+
+
+def router_metrics(sown: Any) -> dict[str, jax.Array]:
+    """What all the routers have sown, as scalars; see `apply_with_losses`."""
     found: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(sown):
         name = next(k.key for k in reversed(path) if hasattr(k, "key"))
@@ -215,7 +220,7 @@ def apply_with_losses(
             "the model has sown no losses: its config has experts=0; use model.apply"
         )
     every = {name: jnp.concatenate(leaves) for name, leaves in found.items()}
-    return logits, {
+    return {
         "balance_loss": every["balance"].mean(),
         "z_loss": every["z"].mean(),
         "dropped": every["dropped"].mean(),

@@ -48,6 +48,11 @@ class DecoderConfig:
             places for each sequence, and tokens that find none skip it; None for no
             limit.
         tied: whether the head is the embedding's transpose.
+        attention_scale: what queries times keys are multiplied with; None for one over
+            the root of `head_dim`.
+        output_scale: what the logits are multiplied with.
+        init_width: embedding and head begin as large as those of this width; None for
+            the width itself. The three are what `wlab.optim.mup` sets over widths.
         scan: whether the blocks are one scan over stacked parameters.
         remat: whether a block's activations are computed again in the backward pass.
         dtype: dtype of the activations and matrix products. Softmax, norms, rotary
@@ -68,6 +73,9 @@ class DecoderConfig:
     experts_per_token: int = 2
     capacity: float | None = None
     tied: bool = True
+    attention_scale: float | None = None
+    output_scale: float = 1.0
+    init_width: int | None = None
     scan: bool = False
     remat: bool = False
     dtype: DTypeLike = jnp.float32
@@ -81,10 +89,11 @@ class DecoderConfig:
         """
         for name in (
             *("vocab", "width", "depth", "heads", "kv_heads", "head_dim", "hidden"),
-            *("rope_base", "norm_eps"),
+            *("rope_base", "norm_eps", "attention_scale", "output_scale", "init_width"),
         ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, not {value}")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: "
@@ -187,7 +196,9 @@ class _Attention(nn.Module):
         query = _rotate(project("query", c.heads), positions, c.rope_base)
         key = _rotate(project("key", c.kv_heads), positions, c.rope_base)
         value = project("value", c.kv_heads)
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, scale=c.attention_scale
+        )
         out = nn.DenseGeneral(
             c.width,
             axis=(-2, -1),
@@ -298,15 +309,8 @@ class Decoder(nn.Module):
                 "tokens must be integers of shape [batch, length], not "
                 f"{tokens.dtype}{list(tokens.shape)}"
             )
-        # The table stays float32 in use: the tied head makes float32 logits with it.
-        embed = nn.Embed(
-            c.vocab,
-            c.width,
-            dtype=jnp.float32,
-            param_dtype=c.param_dtype,
-            name="embed",
-        )
-        x = _stream(embed(tokens).astype(c.dtype))
+        embed = _embed(c)
+        x = _start(c, embed, tokens)
         # Inside a scan nothing can be merged across the two passes, so the barrier
         # that prevents it would only cost time.
         block = nn.remat(_Block, prevent_cse=not c.scan) if c.remat else _Block
@@ -320,19 +324,46 @@ class Decoder(nn.Module):
         else:
             for i in range(c.depth):
                 x = block(c, name=f"blocks_{i}")(x)
-        rows = _rows(_norm(c, "final_norm")(x))
-        if c.tied:
-            logits = embed.attend(rows)
-        else:
-            logits = nn.Dense(
-                c.vocab,
-                use_bias=False,
-                dtype=jnp.float32,
-                param_dtype=c.param_dtype,
-                name="head",
-            )(rows)
-        logits = logits.reshape(*tokens.shape, c.vocab)
-        return sharding.constrain(logits, sharding.BATCH, None, "tensor")
+        return _logits(c, embed, x)
+
+
+def _embed(config: DecoderConfig) -> nn.Embed:
+    """The table, which stays float32 in use: a tied head makes logits with it."""
+    return nn.Embed(
+        config.vocab,
+        config.width,
+        dtype=jnp.float32,
+        param_dtype=config.param_dtype,
+        embedding_init=nn.initializers.normal(_end_std(config)),
+        name="embed",
+    )
+
+
+def _start(config: DecoderConfig, embed: nn.Embed, tokens: jax.Array) -> jax.Array:
+    """What goes into the first block."""
+    return _stream(embed(tokens).astype(config.dtype))
+
+
+def _logits(config: DecoderConfig, embed: nn.Embed, x: jax.Array) -> jax.Array:
+    """Final norm and head of what comes out of the last block."""
+    rows = _rows(_norm(config, "final_norm")(x))
+    if config.output_scale != 1:
+        rows = rows * config.output_scale
+    if config.tied:
+        logits = embed.attend(rows)
+    else:
+        logits = nn.Dense(
+            config.vocab,
+            use_bias=False,
+            dtype=jnp.float32,
+            param_dtype=config.param_dtype,
+            kernel_init=nn.initializers.variance_scaling(
+                config.width * _end_std(config) ** 2, "fan_in", "truncated_normal"
+            ),
+            name="head",
+        )(rows)
+    logits = logits.reshape(*x.shape[:2], config.vocab)
+    return sharding.constrain(logits, sharding.BATCH, None, "tensor")
 
 
 def _stream(x: jax.Array) -> jax.Array:
@@ -357,6 +388,11 @@ def _norm(config: DecoderConfig, name: str) -> nn.RMSNorm:
         param_dtype=config.param_dtype,
         name=name,
     )
+
+
+def _end_std(config: DecoderConfig) -> float:
+    """Standard deviation with which embedding and head begin."""
+    return (config.init_width or config.width) ** -0.5
 
 
 def _residual_scale(config: DecoderConfig) -> float:

@@ -36,6 +36,7 @@ from wlab.core import (
     fold_path,
     leaves_with_paths,
     map_with_path,
+    typed_key,
 )
 from wlab.optim._feedback import (
     Direction,
@@ -384,7 +385,7 @@ def _eco(
         random = rounding == "stochastic"
         return EcoState(
             count=jnp.zeros([], jnp.int32),
-            key=_typed_key(key) if random else None,
+            key=typed_key(key) if random else None,
             mu=zeros(),
             nu=zeros() if second_moment else None,
             residual=zeros() if injection == "exact" else None,
@@ -483,12 +484,6 @@ def _eco(
 
 def _accumulator(leaf: Any) -> Any:
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-
-
-def _typed_key(key: jax.Array | int) -> jax.Array:
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.key(key)
 
 
 def _decays(mask: Any, params: Any) -> dict[str, bool]:

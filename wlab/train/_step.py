@@ -3,14 +3,14 @@
 """The train step: a pure function from state and batch to state and metrics."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from wlab.core import materialise, sharding
+from wlab.core import Layered, layered_value_and_grad, materialise, sharding
 
 __all__ = [
     "LossFn",
@@ -70,7 +70,12 @@ def _fresh(leaf: Any) -> jax.Array:
     return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
 
 
-def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> StepFn:
+def make_train_step(
+    loss_fn: LossFn | Layered,
+    tx: optax.GradientTransformation,
+    *,
+    active: Callable[[Any], Mapping[str, Any]] | None = None,
+) -> StepFn:
     """Builds a train step: gradients, optimiser, update.
 
     The gradients are taken with respect to the dense values of the parameters, so the
@@ -80,8 +85,11 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> StepFn
 
     Args:
         loss_fn: `loss_fn(params, batch)` returns a scalar, or a scalar and a dict of
-            further metrics.
+            further metrics. A model in layers (`wlab.core.Layered`) may stand for it.
         tx: the optimiser.
+        active: for a model in layers, from the optimiser's state to the layers of the
+            step, as `wlab.optim.active_layers` tells them. The backward pass is then of
+            these only, and the optimiser is given the same arguments.
 
     Returns:
         `step(state, batch)`, which returns the next state and the metrics "loss",
@@ -96,15 +104,26 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> StepFn
         ([1.0, 1.0], 2.0)
     """
     tx = optax.with_extra_args_support(tx)
-    grad_fn = jax.value_and_grad(_with_metrics(loss_fn), has_aux=True)
+    if active is not None and not isinstance(loss_fn, Layered):
+        raise ValueError(
+            "active= names layers, and the loss is one function: give the model in "
+            "layers (wlab.core.Layered, wlab.models.layered)"
+        )
+    if isinstance(loss_fn, Layered):
+        grad_fn = layered_value_and_grad(_layers_with_metrics(loss_fn))
+    else:
+        whole = jax.value_and_grad(_with_metrics(loss_fn), has_aux=True)
+
+        def grad_fn(dense: Any, batch: Any) -> Any:
+            specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, dense)
+            run = sharding.with_auto_axes(whole, ((jax.P(), jax.P()), specs))
+            return run(dense, batch)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        dense = materialise(state.params)
-        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, dense)
-        run = sharding.with_auto_axes(grad_fn, ((jax.P(), jax.P()), specs))
-        (loss, extra), grads = run(dense, batch)
+        layers = {} if active is None else active(state.opt_state)
+        (loss, extra), grads = grad_fn(materialise(state.params), batch, **layers)
         updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, value=loss, grad=grads
+            grads, state.opt_state, state.params, value=loss, grad=grads, **layers
         )
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
@@ -171,6 +190,13 @@ def make_evaluate(loss_fn: LossFn, batches: Any) -> Callable[[Any], Metrics]:
             return means(params, placed(mesh))
 
     return evaluate
+
+
+def _layers_with_metrics(parts: Layered) -> Layered:
+    def after(params: Any, x: Any, batch: Any, *extras: Any) -> Any:
+        return _with_metrics(lambda x, b: parts.after(params, x, b, *extras))(x, batch)
+
+    return parts._replace(after=after)
 
 
 def _with_metrics(loss_fn: LossFn) -> Callable[[Any, Any], tuple[jax.Array, Metrics]]:

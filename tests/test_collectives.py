@@ -105,3 +105,5 @@ def test_a_loop_that_counts_by_two():
 def test_a_loop_that_does_not_say_how_often_is_an_error():
     with pytest.raises(ValueError, match="%loop does not say how often"):
         collectives(_TPU.replace("constant(7)", "parameter(1)"), 8)
+    (one,) = collectives(_TPU.replace("constant(7)", "parameter(1)"), 8, loops=5)
+    assert one.times == 5

@@ -18,10 +18,14 @@ def _small(**overrides: Any) -> Any:
     return tiny(width=32, depth=2, hidden=64, heads=4, head_dim=16, **overrides)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "eco", "eco-int4"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adamw", "adafactor", "eco-int4", "frugal", "mup-adamw", "drop-muon", "lisa"],
+)
 def test_what_is_planned_is_what_a_device_holds(optimizer: str):
     mesh = {"fsdp": 4, "tensor": 2}
-    found = plan.plan(_small(), optimizer, "cpu:8", length=16, mesh=mesh)
+    config = _small(scan=True)
+    found = plan.plan(config, optimizer, "cpu:8", length=16, mesh=mesh)
     assert found.measured_state == found.parameters + found.state
     assert found.temporaries is not None
     assert found.total >= found.measured_state + found.temporaries

@@ -43,18 +43,25 @@ class Collective(NamedTuple):
         return factor.get(self.kind, 1.0) * share * self.size * self.times
 
 
-def collectives(text: str, devices: int) -> list[Collective]:
+def collectives(
+    text: str, devices: int, *, loops: int | None = None
+) -> list[Collective]:
     """The collectives of a program.
 
     Args:
         text: `compiled.as_text()`.
         devices: how many devices it runs on: the size of a group that is not named.
+        loops: how often a loop runs whose bound is known at run time only, at most;
+            None: such a loop is an error.
 
     Returns:
         One entry for each collective instruction that is reached from the entry.
+
+    Raises:
+        ValueError: for a loop that does not say how often it runs.
     """
     bodies = _computations(text)
-    times = _times(bodies)
+    times = _times(bodies, loops)
     out: dict[Any, Collective] = {}
     for name, lines in bodies.items():
         fused = _is_fused_scatter(lines)
@@ -105,13 +112,13 @@ def _computations(text: str) -> dict[str, list[str]]:
     return bodies
 
 
-def _times(bodies: dict[str, list[str]]) -> dict[str, int]:
+def _times(bodies: dict[str, list[str]], loops: int | None) -> dict[str, int]:
     """How often each computation runs."""
     calls: dict[str, dict[str, int]] = {}
     for name, lines in bodies.items():
         calls[name] = defaultdict(int)
         for line in lines:
-            n = _trips(line, bodies) if " while(" in line else 1
+            n = _trips(line, bodies, loops) if " while(" in line else 1
             called = _CALLED.findall(line)
             for names in _CALLED_LISTS.findall(line):
                 called += [part.strip().lstrip("%") for part in names.split(",")]
@@ -129,7 +136,7 @@ def _times(bodies: dict[str, list[str]]) -> dict[str, int]:
     return times
 
 
-def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+def _trips(line: str, bodies: dict[str, list[str]], loops: int | None) -> int:
     """How often a loop runs: as the compiler says, or as its condition counts."""
     if known := _TRIPS.search(line):
         return int(known[1])
@@ -144,6 +151,8 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
         if body and len(counters) == 1:
             step = _step("\n".join(bodies.get(body[1], ())), int(counters[0]))
         return -(-int(bounds[0]) // step)
+    if loops is not None:
+        return loops
     raise ValueError(f"the loop {line.split('=')[0].strip()} does not say how often")
 
 

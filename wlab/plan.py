@@ -29,6 +29,7 @@ import wlab
 from wlab import quant, train
 from wlab._collectives import collectives
 from wlab.core import sharding
+from wlab.models import layered
 from wlab.models.decoder import Decoder, DecoderConfig, apply_with_losses
 from wlab.models.sizes import get_size, train_flops
 
@@ -69,18 +70,54 @@ class Recipe(NamedTuple):
     """An optimiser by name: how weights are stored, and the transform."""
 
     grid: str | None  # of the packed weights; None: float32
-    make: Callable[[], optax.GradientTransformation]
+    make: Callable[[DecoderConfig], optax.GradientTransformation]
+    layers: bool = False  # whether gradients are taken of the active layers only
+
+
+def _plain(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """A transform that is the same for all models."""
+    return lambda config: make(*args, **kwargs)
+
+
+def _blocks(config: DecoderConfig) -> str:
+    return "blocks" if config.scan else "blocks_*"
+
+
+def _mup_adamw(config: DecoderConfig) -> optax.GradientTransformation:
+    """With the decoder of half the width as its base."""
+    sizes = {x: getattr(config, x) // 2 for x in ("width", "hidden", "heads")}
+    base = dataclasses.replace(config, **sizes, kv_heads=max(1, config.kv_heads // 2))
+    big, small = (
+        jax.eval_shape(functools.partial(_make_params, c, None)) for c in (config, base)
+    )
+    return wlab.optim.mup_adamw(1e-3, 0.1, wlab.optim.mup.classify(big, small))
 
 
 OPTIMIZERS: Mapping[str, Recipe] = {
-    "sgd": Recipe(None, functools.partial(optax.sgd, 1e-3, momentum=0.9)),
-    "adamw": Recipe(None, functools.partial(optax.adamw, 1e-3)),
-    "lion": Recipe(None, functools.partial(optax.lion, 1e-4)),
-    "adafactor": Recipe(None, functools.partial(optax.adafactor, 1e-3)),
-    "eco": Recipe("fp8_e4m3", functools.partial(wlab.optim.eco, 1e-3, grid="fp8_e4m3")),
-    "eco-int4": Recipe("int4", functools.partial(wlab.optim.eco, 1e-3, grid="int4")),
-    "eco-sgd": Recipe(
-        "fp8_e4m3", functools.partial(wlab.optim.eco_sgd, 1e-3, grid="fp8_e4m3")
+    "sgd": Recipe(None, _plain(optax.sgd, 1e-3, momentum=0.9)),
+    "adamw": Recipe(None, _plain(optax.adamw, 1e-3)),
+    "lion": Recipe(None, _plain(optax.lion, 1e-4)),
+    "adafactor": Recipe(None, _plain(optax.adafactor, 1e-3)),
+    "muon": Recipe(
+        None,
+        _plain(
+            optax.contrib.muon,
+            1e-2,
+            muon_weight_dimension_numbers=wlab.core.muon_dimension_numbers,
+        ),
+    ),
+    "eco": Recipe("fp8_e4m3", _plain(wlab.optim.eco, 1e-3, grid="fp8_e4m3")),
+    "eco-int4": Recipe("int4", _plain(wlab.optim.eco, 1e-3, grid="int4")),
+    "eco-sgd": Recipe("fp8_e4m3", _plain(wlab.optim.eco_sgd, 1e-3, grid="fp8_e4m3")),
+    "frugal": Recipe(None, _plain(wlab.optim.frugal, 1e-3, projection="columns")),
+    "frugal-block": Recipe(None, _plain(wlab.optim.frugal, 1e-3)),
+    "mup-adamw": Recipe(None, _mup_adamw),
+    "classp": Recipe(None, _plain(wlab.optim.classp, 1e-2, threshold=-1.0, power=2.0)),
+    "drop-muon": Recipe(
+        None, lambda c: wlab.optim.drop_muon(1e-2, layers=_blocks(c)), layers=True
+    ),
+    "lisa": Recipe(
+        None, lambda c: wlab.optim.lisa(1e-3, _blocks(c), min(2, c.depth)), layers=True
     ),
 }
 
@@ -167,12 +204,17 @@ def plan(
         )
     recipe = OPTIMIZERS[optimizer]
     make_params = functools.partial(_make_params, config, recipe.grid)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), recipe.make())
+    tx = optax.chain(optax.clip_by_global_norm(1.0), recipe.make(config))
     abstract = train.abstract_state(make_params, tx, grid, rules=rules)
     tokens = jax.ShapeDtypeStruct(
         (batch, length + 1), jnp.int32, sharding=jax.NamedSharding(grid, spec)
     )
-    step = train.make_train_step(_loss_fn(config), tx)
+    if recipe.layers:
+        step = train.make_train_step(
+            layered(config, _loss_of_logits), tx, active=wlab.optim.active_layers
+        )
+    else:
+        step = train.make_train_step(_loss_fn(config), tx)
     start = time.perf_counter()
     compiled, refused = _compile(step, abstract, tokens, grid)
     seconds = time.perf_counter() - start
@@ -190,7 +232,9 @@ def plan(
         temporaries = memory.temp_size_in_bytes
         total = memory.argument_size_in_bytes + temporaries
         total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-        for item in collectives(compiled.as_text(), len(devices)):
+        # The loops over active layers end at run time: all layers, at most.
+        text, depth = compiled.as_text(), config.depth
+        for item in collectives(text, len(devices), loops=depth):
             moved[item.kind] = moved.get(item.kind, 0.0) + item.sent
     return Plan(
         model=model if isinstance(model, str) else "custom",
@@ -391,16 +435,20 @@ def _make_params(config: DecoderConfig, grid: str | None) -> Any:
     return quant.quantize_tree(params, grid, granularity=granularity)
 
 
+def _loss_of_logits(logits: Any, batch: jax.Array, routers: Any = None) -> jax.Array:
+    loss = train.next_token_loss(logits, batch)
+    return loss if routers is None else loss + _BALANCE * routers["balance_loss"]
+
+
 def _loss_fn(config: DecoderConfig) -> train.LossFn:
     model = Decoder(config)
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         tokens = batch[:, :-1]
         if not config.experts:
-            logits: Any = model.apply({"params": params}, tokens)
-            return train.next_token_loss(logits, batch)
-        logits, extra = apply_with_losses(model, params, tokens)
-        return train.next_token_loss(logits, batch) + _BALANCE * extra["balance_loss"]
+            return _loss_of_logits(model.apply({"params": params}, tokens), batch)
+        logits, routers = apply_with_losses(model, params, tokens)
+        return _loss_of_logits(logits, batch, routers)
 
     return loss
 
@@ -418,6 +466,8 @@ def _bytes(tree: Any) -> int:
 
 
 def _bits(x: Any) -> int:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return 8 * x.dtype.itemsize
     return jax.dtypes.itemsize_bits(x.dtype)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from wlab import data as data
     from wlab import models as models
     from wlab import optim as optim
+    from wlab import probe as probe
     from wlab import quant as quant
     from wlab import train as train
     from wlab.core import LowRank as LowRank
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from wlab.core import materialise as materialise
     from wlab.quant import Quantized as Quantized
 
-_ROOMS = ("core", "data", "models", "optim", "quant", "train")
+_ROOMS = ("core", "data", "models", "optim", "probe", "quant", "train")
 _NAMES = {
     "LowRank": "wlab.core",
     "MatrixView": "wlab.core",

@@ -34,8 +34,15 @@ KINDS: dict[Kind, str] = {
 """What a method of each kind changes."""
 
 RECIPES: dict[str, str] = {
+    "classp": "wlab.recipes.classp",
+    "drop-muon": "wlab.recipes.drop_muon",
     "eco": "wlab.recipes.eco",
     "eco-quadratic": "wlab.recipes.eco_quadratic",
+    "frugal": "wlab.recipes.frugal",
+    "lisa": "wlab.recipes.lisa",
+    "mup-wd": "wlab.recipes.mup_wd",
+    "optimizers": "wlab.recipes.optimizers",
+    "synapse": "wlab.recipes.synapse",
 }
 """The module of each recipe that ``wlab run`` knows."""
 
@@ -139,6 +146,9 @@ _METHODS = (
             "only when its gradient passes a threshold."
         ),
         state="4 bytes a parameter, against 8 for Adam",
+        module="wlab.optim",
+        recipes=("classp",),
+        ready=True,
     ),
     Method(
         slug="d2quant",
@@ -180,6 +190,9 @@ _METHODS = (
             "suffix, so that the rest of the backward pass is never run."
         ),
         state="4 bytes a parameter, the momentum",
+        module="wlab.optim",
+        recipes=("drop-muon",),
+        ready=True,
     ),
     Method(
         slug="eco",
@@ -274,6 +287,9 @@ _METHODS = (
             "sign step without state, so that every update has full rank."
         ),
         state="8 bytes a parameter of the chosen share, none for the rest",
+        module="wlab.optim",
+        recipes=("frugal",),
+        ready=True,
     ),
     Method(
         slug="hut",
@@ -401,6 +417,9 @@ _METHODS = (
             "drawn anew every K steps, and freezes the others."
         ),
         state="8 bytes a parameter of the active layers and both ends",
+        module="wlab.optim",
+        recipes=("lisa",),
+        ready=True,
     ),
     Method(
         slug="mixture-growth",
@@ -430,6 +449,9 @@ _METHODS = (
             "learning rates, so that both carry over from a small model."
         ),
         state="none beyond Adam's",
+        module="wlab.optim",
+        recipes=("mup-wd",),
+        ready=True,
     ),
     Method(
         slug="muscle",
@@ -671,6 +693,9 @@ _METHODS = (
             "raise a conductance, fired where the gradient passes a threshold."
         ),
         state="two conductances a weight, no optimiser state",
+        module="wlab.optim",
+        recipes=("synapse",),
+        ready=True,
     ),
     Method(
         slug="tera",

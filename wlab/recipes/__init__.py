@@ -9,6 +9,7 @@ as well and hands its work to :class:`Run`. The names on the command line stand 
 :data:`wlab.methods.RECIPES`.
 """
 
+from wlab.recipes._clock import StepClock as StepClock
 from wlab.recipes._figures import curves_and_tradeoff as curves_and_tradeoff
 from wlab.recipes._report import Arm as Arm
 from wlab.recipes._report import Curve as Curve

@@ -11,9 +11,7 @@ every step without any memory of what is lost (arXiv 2601.22101, table 1).
 
 import dataclasses
 import functools
-import itertools
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +29,7 @@ from wlab.recipes import (
     Metric,
     Report,
     Run,
+    StepClock,
     curves_and_tradeoff,
 )
 
@@ -236,7 +235,7 @@ def _train(
         params = start(seed)
         state = train.init_state(params, tx)
         sizes = _sizes(state)
-        clock = _Clock(functools.partial(_advance, bar, seed * config.steps))
+        clock = StepClock(bar, seed * config.steps)
         batches = data.windows(
             tokens, batch=config.batch, length=config.length, seed=seed
         )
@@ -254,7 +253,7 @@ def _train(
         return {
             "steps": history["valid_step"],
             "curve": train.bits(history["valid_loss"]),
-            "ms": clock.milliseconds_a_step(),
+            "ms": clock.milliseconds(),
             "sizes": sizes,
         }
 
@@ -325,31 +324,6 @@ def _sizes(state: train.TrainState) -> dict[str, float]:
     # Two moments in float32 beside each weight, in every arm.
     held = wlab.core.bits.size_in_bits(kernels) + 64 * elements
     return {"bytes": bits / 8 / count, "kernel_bytes": held / 8 / elements}
-
-
-class _Clock:
-    """Passes records on to a bar, and times the steps between the first and last."""
-
-    def __init__(self, bar: Any):
-        self._bar = bar
-        self._marks: list[tuple[int, float]] = []
-
-    def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self._bar(step, metrics)
-        if "loss" in metrics:
-            self._marks.append((step, time.perf_counter()))
-
-    def milliseconds_a_step(self) -> float:
-        """The median interval: some of the others hold an evaluation."""
-        times = [
-            (t1 - t0) / (s1 - s0)
-            for (s0, t0), (s1, t1) in itertools.pairwise(self._marks)
-        ]
-        return 1e3 * float(np.median(times)) if times else float("nan")
-
-
-def _advance(bar: Any, done: int, step: int, metrics: Mapping[str, Any]) -> None:
-    bar(done + step, metrics)
 
 
 def _findings(grid: str, arms: list[Arm]) -> list[Finding]:

@@ -214,16 +214,23 @@ class Along(Pool):
 
     def choose(self, rule: Choose, draw: Draw, grads: Leaves | None) -> jax.Array:
         """By the rule, for each stacked matrix apart."""
-        norms = None
-        if grads is not None:
-            squares = []
-            for path, axes in self.axes:
-                sums = jnp.sum(jnp.square(accumulated(grads[path])), axes.others)
-                left = [a for a in range(grads[path].ndim) if a not in axes.others]
-                order = [left.index(a) for a in (*axes.stack, *axes.chosen)]
-                squares.append(whole(sums.transpose(order)))
-            norms = jnp.sqrt(sum(squares)).astype(jnp.float32)
-            norms = norms.reshape(*self.stack, self.size)
+        return self.draw(rule, draw._replace(norms=self.norms(grads)))
+
+    def norms(self, grads: Leaves | None) -> jax.Array | None:
+        """Of the gradient of each slice: ``[*stack, n]``, whole on every device."""
+        if grads is None:
+            return None
+        squares = []
+        for path, axes in self.axes:
+            sums = jnp.sum(jnp.square(accumulated(grads[path])), axes.others)
+            left = [a for a in range(grads[path].ndim) if a not in axes.others]
+            order = [left.index(a) for a in (*axes.stack, *axes.chosen)]
+            squares.append(whole(sums.transpose(order)))
+        norms = jnp.sqrt(sum(squares)).astype(jnp.float32)
+        return norms.reshape(*self.stack, self.size)
+
+    def draw(self, rule: Choose, draw: Draw) -> jax.Array:
+        """As `choose`, with the norms in the draw."""
         keys = jax.random.split(draw.key, self.stack) if self.stack else draw.key
 
         def one(key: jax.Array, norms: jax.Array | None, previous: jax.Array) -> Any:
@@ -231,7 +238,7 @@ class Along(Pool):
 
         for _ in self.stack:
             one = jax.vmap(one)
-        return one(keys, norms, draw.previous)
+        return one(keys, draw.norms, draw.previous)
 
     def take(self, leaves: Leaves, choice: jax.Array) -> dict[str, jax.Array]:
         """The active slices, by one gather."""
@@ -374,6 +381,57 @@ class Members(Pool):
         room = max(math.prod(shape) for shape in self.shapes[home])
         flat = whole(x.reshape(-1, **_out(x, [None])))
         return jnp.pad(flat, (0, room - x.size))
+
+
+# The rules that do not look at a pool's name, and so can draw for many at once.
+_NAMELESS: tuple[Choose, ...] = (at_random, largest, in_proportion)
+
+
+def choose_all(
+    pools: Sequence[Pool],
+    rule: Choose,
+    draws: Sequence[Draw],
+    grads: Sequence[Leaves | None],
+) -> list[jax.Array]:
+    """The next choice of each pool; those alike are drawn in one call.
+
+    A program with a draw for each of hundreds of kernels takes minutes to compile.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (pool, given) in enumerate(zip(pools, grads, strict=True)):
+        alike = type(pool) is Along and rule in _NAMELESS
+        kind = (pool.size, pool.k, pool.stack, given is None) if alike else i
+        groups.setdefault(kind, []).append(i)
+    out: dict[int, jax.Array] = {}
+    for members in groups.values():
+        first = members[0]
+        if len(members) == 1:
+            out[first] = pools[first].choose(rule, draws[first], grads[first])
+            continue
+        made = [
+            draws[i]._replace(norms=pools[i].norms(grads[i]))  # type: ignore[attr-defined]
+            for i in members
+        ]
+
+        def one(
+            key: jax.Array,
+            norms: jax.Array | None,
+            previous: jax.Array,
+            pool: Any = pools[first],
+            draw: Draw = made[0],
+        ) -> jax.Array:
+            new = draw._replace(key=key, norms=norms, previous=previous)
+            return pool.draw(rule, new)
+
+        known = [d.norms for d in made if d.norms is not None]
+        norms = jnp.stack(known) if known else None
+        found = jax.vmap(one)(
+            jnp.stack([d.key for d in made]),
+            norms,
+            jnp.stack([d.previous for d in made]),
+        )
+        out |= {i: found[j] for j, i in enumerate(members)}
+    return [out[i] for i in range(len(pools))]
 
 
 # --- The pools of a tree ---------------------------------------------------------

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from wlab.core import _sharding as sharding
-from wlab.core._keys import fold_path, typed_key
+from wlab.core._keys import fold_paths, typed_key
 from wlab.core._lift import is_weight
 from wlab.core._pools import Along as Along
 from wlab.core._pools import Axes as Axes
@@ -40,7 +40,7 @@ from wlab.core._pools import Draw as Draw
 from wlab.core._pools import Members as Members
 from wlab.core._pools import Pool as Pool
 from wlab.core._pools import Side as Side
-from wlab.core._pools import accumulated, like, pools_of, whole
+from wlab.core._pools import accumulated, choose_all, like, pools_of, whole
 from wlab.core._pools import ascending as ascending
 from wlab.core._pools import at_random as at_random
 from wlab.core._pools import descending as descending
@@ -329,13 +329,13 @@ def _choices(
     due = state.count % jnp.asarray(every).astype(jnp.int32) == 0
     old = dict(leaves_with_paths(state.choice))
 
+    live = [pool for pool in pools if pool.k]
+
     def drawn() -> dict[str, jax.Array]:
-        out = dict(old)
-        for pool in pools:
-            if not pool.k:
-                continue
-            key = jax.random.fold_in(fold_path(state.key, pool.name), state.rounds)
-            draw = Draw(
+        keys = fold_paths(state.key, [pool.name for pool in live])
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.rounds)
+        draws = [
+            Draw(
                 name=pool.name,
                 size=pool.size,
                 k=pool.k,
@@ -346,7 +346,11 @@ def _choices(
                 previous=old[pool.paths[0]],
                 extra=extra,
             )
-            now = pool.choose(rule, draw, grads[pool.paths[0]])
+            for pool, key in zip(live, keys, strict=True)
+        ]
+        found = choose_all(live, rule, draws, [grads[p.paths[0]] for p in live])
+        out = dict(old)
+        for draw, now, pool in zip(draws, found, live, strict=True):
             if reset == "new":
                 now = _in_old_slots(draw.previous, now)
             out[pool.paths[0]] = now

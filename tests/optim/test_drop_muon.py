@@ -21,9 +21,9 @@ from wlab.core import (
 )
 from wlab.optim import _drop_muon as module
 from wlab.optim import (
+    active_layers,
     drop,
     drop_muon,
-    drop_muon_start,
     eco_muon,
     sample_start,
 )
@@ -114,7 +114,7 @@ def test_cut_zero_is_muon(make: Any, layers: str):
     params = make(stacked())
     state, other = tx.init(params), theirs.init({"w": jnp.zeros((8, 6))})
     for seed in (10, 20, 30):
-        assert drop_muon_start(state) == 0
+        assert active_layers(state)["start"] == 0
         grads = make(stacked(seed))
         updates, state = jax.jit(tx.update)(grads, state, params)
         want, other = theirs.update({"w": layer(grads, 2)["up"]["kernel"]}, other)
@@ -173,7 +173,7 @@ def test_a_suffix_trains_with_the_gradients_of_the_suffix():
 
     @jax.jit
     def step(params: Any, state: Any) -> Any:
-        start = drop_muon_start(state)
+        start = active_layers(state)["start"]
         fn = layered_value_and_grad(parts)
         (loss, _), grads = fn(params, normal(1, 16, 8), start=start)
         updates, state = tx.update(grads, state, params)
@@ -408,7 +408,7 @@ def test_bad_arguments_are_told():
     with pytest.raises(ValueError, match="call update"):
         tx.update(params, state)
     with pytest.raises(ValueError, match="holds 0 states"):
-        drop_muon_start(optax.sgd(0.1).init(params))
+        active_layers(optax.sgd(0.1).init(params))
     packed = quantize_tree(params, "int8")
     with pytest.raises(TypeError, match=r"is a Quantized.*drop\(eco_muon"):
         drop_muon(0.1, layers="blocks").init(packed)

@@ -10,13 +10,12 @@ from wlab.optim._classp import classp as classp
 from wlab.optim._classp import classp_open_fraction as classp_open_fraction
 from wlab.optim._classp import classp_task_schedule as classp_task_schedule
 from wlab.optim._classp import scale_by_classp as scale_by_classp
-from wlab.optim._drop_muon import DropState as DropState
+from wlab.optim._drop import DropState as DropState
+from wlab.optim._drop import Sampling as Sampling
+from wlab.optim._drop import drop as drop
+from wlab.optim._drop import sample_start as sample_start
 from wlab.optim._drop_muon import MuonState as MuonState
-from wlab.optim._drop_muon import Sampling as Sampling
-from wlab.optim._drop_muon import drop as drop
 from wlab.optim._drop_muon import drop_muon as drop_muon
-from wlab.optim._drop_muon import drop_muon_start as drop_muon_start
-from wlab.optim._drop_muon import sample_start as sample_start
 from wlab.optim._eco import EcoState as EcoState
 from wlab.optim._eco import eco as eco
 from wlab.optim._eco import eco_muon as eco_muon

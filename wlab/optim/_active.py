@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from wlab.optim._drop_muon import DropState
+from wlab.optim._drop import DropState
 from wlab.optim._lisa import LisaState
 
 

@@ -37,7 +37,7 @@ from wlab.core import (
     subsets,
     typed_key,
 )
-from wlab.optim._drop_muon import drop
+from wlab.optim._drop import drop
 
 Scalar = float | jax.Array
 

@@ -241,7 +241,7 @@ def _train(
             jax.random.fold_in(k_batch, t), len(x), (config.batch,), replace=False
         )
         # Muon itself has no branches: its cut is known.
-        start = 0 if kind == "full" else optim.drop_muon_start(state)
+        start = 0 if kind == "full" else optim.active_layers(state)["start"]
         batch = {"x": x[rows], "y": y[rows]}
         _, grads = grad_fn(params, batch, start=start)
         updates, state = tx.update(grads, state, params, start=start)

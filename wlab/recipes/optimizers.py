@@ -45,6 +45,8 @@ class Config:
     Attributes:
       only: names of the arms to run, in any case, or parts of them; () for all.
       rates: the learning rates that are tried, as multiples of each arm's own.
+      further: how many more are tried, at most, where the best is the largest or the
+        smallest of them.
       seeds: how many seeds, one after another.
       steps: optimiser steps of each run.
       batch: sequences in a batch.
@@ -58,6 +60,7 @@ class Config:
 
     only: tuple[str, ...] = ()
     rates: tuple[float, ...] = (0.3, 1.0, 3.0)
+    further: int = 3
     seeds: int = 2
     steps: int = 200
     batch: int = 8
@@ -72,6 +75,7 @@ class Config:
 QUICK = Config(
     only=("AdamW", "FRUGAL columns", "Drop-Muon"),
     rates=(1.0,),
+    further=0,
     seeds=1,
     steps=10,
     batch=2,
@@ -132,7 +136,7 @@ def run(
     )
     bars = train.Progress(show=None if progress else False)
     with Run("optimizers", config, out, resume=resume) as kept, bars:
-        runs = len(config.rates) + config.seeds - 1
+        runs = len(config.rates) + config.further + config.seeds - 1
         done = [
             _train(task, name, arm, bars.add(name, config.steps * runs), kept)
             for name, arm in arms.items()
@@ -336,8 +340,16 @@ def _train(task: _Task, name: str, arm: _Arm, bar: Any, kept: Run) -> Arm:
 
     rates = sorted(arm.rate * factor for factor in config.rates)
     tried = {rate: once(rate, 0) for rate in rates}
-    ends = {r: x["curve"][-1] for r, x in tried.items() if np.isfinite(x["curve"][-1])}
-    best = min(ends, key=ends.__getitem__) if ends else rates[0]
+    for _ in range(config.further if len(rates) > 1 else 0):
+        best, rates = _best(tried), sorted(tried)
+        if best == rates[0]:
+            rate = best * rates[0] / rates[1]
+        elif best == rates[-1]:
+            rate = best * rates[-1] / rates[-2]
+        else:
+            break
+        tried[rate] = once(rate, 0)
+    best = _best(tried)
     done = [tried[best], *(once(best, seed) for seed in range(1, config.seeds))]
     weights, state = (x / done[0]["count"] for x in done[0]["held"])
     # A run resumed at its very end has no speed of its own.
@@ -351,10 +363,19 @@ def _train(task: _Task, name: str, arm: _Arm, bar: Any, kept: Run) -> Arm:
             "rate": [best],
         }
         | ({"ms": [float(np.median(speeds))]} if speeds else {}),
-        settings={"grid": arm.grid, "rates": ends},
+        settings={
+            "grid": arm.grid,
+            "rates": {r: x["curve"][-1] for r, x in tried.items()},
+        },
         curves={"bits_per_byte": Curve(done[0]["steps"], [x["curve"] for x in done])},
         baseline=arm.baseline,
     )
+
+
+def _best(tried: Mapping[float, Mapping[str, Any]]) -> float:
+    """The learning rate with the lowest loss; one that diverged is never it."""
+    ends = {r: np.nan_to_num(x["curve"][-1], nan=np.inf) for r, x in tried.items()}
+    return min(ends, key=ends.__getitem__)
 
 
 def _schedule(steps: int, peak: Any) -> optax.Schedule:

@@ -407,7 +407,12 @@ def test_on_a_mesh(mesh: jax.sharding.Mesh, slices: str):
 
 @pytest.mark.parametrize("slices", ["layers", "columns", "rows"])
 def test_a_mesh_moves_the_active_slices_alone(mesh: jax.sharding.Mesh, slices: str):
-    """One sum over the devices that hold parts of them, whatever axis is divided."""
+    """One sum over the devices that hold parts of them, whatever axis is divided.
+
+    And one gather, where the state is divided along another axis than they came from.
+    Under Auto axes it is the compiler who decides how, and it may turn the leaf's own
+    part instead.
+    """
     spec, active = {
         "layers": (jax.P("data", None, "model"), 2 * 64 * 2 * 16),
         "columns": (jax.P(None, "data"), 8 * 2 * 4 * 16),
@@ -420,27 +425,36 @@ def test_a_mesh_moves_the_active_slices_alone(mesh: jax.sharding.Mesh, slices: s
         state = tx.init(params)
         text = jax.jit(tx.update).lower(params, state).compile().as_text()
     sent = sum(c.sent for c in collectives(text, 8))
-    assert sent < 2 * 3 / 4 * 4 * active + 200
+    auto = mesh.axis_types[0] == jax.sharding.AxisType.Auto
+    turned = 3 / 4 * w.nbytes / 4 if auto else 0
+    assert sent < 3 * 3 / 4 * 4 * active + turned + 200
 
 
-@pytest.mark.parametrize("slices", ["layers", "columns", "rows"])
-def test_what_divides_the_chosen_axis_divides_the_state(mesh: Any, slices: str):
-    """A device holds its share of the moments, where the slots divide."""
-    specs = {
-        "layers": (jax.P("data", None, "model"), jax.P("data", None, "model")),
-        "columns": (jax.P(None, "data", "model"), jax.P(None, "data", "model")),
-        "rows": (jax.P(None, "model", "data"), jax.P(None, "data", "model")),
-    }
-    given, held = specs[slices]
-    tx = subset(ADAM, 4, slices=slices, select="up*", every=2)
+@pytest.mark.parametrize(
+    ("slices", "k", "given", "held"),
+    [
+        ("layers", 4, ("data", None, "model"), ("data", None, "model")),
+        ("columns", 4, (None, "data", "model"), (None, "data", "model")),
+        ("rows", 4, (None, "model", "data"), (None, "data", "model")),
+        # Three do not divide by four devices, but the other axis does.
+        ("columns", 3, (None, "data", None), (None, None, "data")),
+        ("columns", 3, (None, "data", "model"), (None, None, "model")),
+    ],
+)
+def test_a_device_holds_its_share_of_the_state(
+    mesh: Any, slices: str, k: int, given: Any, held: Any
+):
+    tx = subset(ADAM, k, slices=slices, select="up*", every=2)
     with jax.set_mesh(mesh):
-        w = jax.device_put(jnp.ones((8, 16, 24)), jax.NamedSharding(mesh, given))
+        w = jnp.ones((8, 16, 24))
+        w = jax.device_put(w, jax.NamedSharding(mesh, jax.P(*given)))
         params = {"up": {"kernel": w}}
         state = tx.init(params)
         _, after = jax.jit(tx.update)(params, state, params)
+    want = jax.NamedSharding(mesh, jax.P(*held))
     for each in (state, after):
         mu = each.inner.mu["up"]["kernel"]
-        assert mu.sharding.is_equivalent_to(jax.NamedSharding(mesh, held), 3)
+        assert mu.sharding.is_equivalent_to(want, 3), mu.sharding
 
 
 def test_under_vmap():

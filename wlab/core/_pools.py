@@ -247,9 +247,15 @@ class Along(Pool):
             x, sizes = _front(leaves[path], axes)
             spec = _spec(x)
             rest = self.lead + len(sizes)
-            slots = _divides(x, spec[self.lead : rest], self.k)
-            spec = [*spec[: self.lead], slots, *spec[rest:]]
-            out[path] = _get(x, self._index(choice, sizes), spec)
+            entry = _joined(spec[self.lead : rest])
+            spec = [*spec[: self.lead], None, *spec[rest:]]
+            taken = _get(x, self._index(choice, sizes), spec)
+            shape = (*x.shape[: self.lead], self.k, *x.shape[rest:])
+            # The slots are divided as their axes were; if that fails, another axis is.
+            for axis in range(self.lead, len(shape)):
+                if spec[axis] is None and _divides(x, entry, shape[axis]):
+                    spec[axis], entry = entry, None
+            out[path] = _placed(taken, spec, x)
         return out
 
     def put(
@@ -271,7 +277,11 @@ class Along(Pool):
                 slot = slots(choice).reshape(*self.stack, *sizes)
                 safe = jnp.minimum(slot, self.k - 1)
                 grids = _grids(self.stack, len(sizes))
-                active = _get(slices[path], (*grids, safe), _spec(x))
+                # Made whole along what it is read by while it is still small.
+                rest = self.lead + len(sizes)
+                small = [*_spec(x)[: self.lead], None, *_spec(x)[rest:]]
+                active = _placed(slices[path], small, x)
+                active = _get(active, (*grids, safe), _spec(x))
                 mask = jnp.expand_dims(slot < self.k, [*range(slot.ndim, x.ndim)])
                 mask = like(jnp.broadcast_to(mask, x.shape), x)
                 new = jnp.where(mask, active, new)
@@ -695,18 +705,30 @@ def _spec(x: jax.Array) -> list[Any]:
     return [*spec, *[None] * (x.ndim - len(spec))]
 
 
-def _divides(x: jax.Array, entries: list[Any], k: int) -> Any:
-    """What divides k slots: what does the axes they come from, if it can."""
+def _placed(x: jax.Array, spec: list[Any], like: jax.Array) -> jax.Array:
+    """Sharded so, on the mesh of another array."""
+    mesh = _explicit(like)
+    return x if mesh is None else jax.reshard(x, NamedSharding(mesh, jax.P(*spec)))
+
+
+def _joined(entries: list[Any]) -> Any:
+    """What divides several axes, as one axis has it."""
     names = tuple(
         name
         for entry in entries
         for name in (entry if isinstance(entry, tuple) else (entry,))
         if name is not None
     )
+    return names if len(names) > 1 else (names[0] if names else None)
+
+
+def _divides(x: jax.Array, entry: Any, size: int) -> bool:
+    """Whether an axis of this size can be divided by axes of the array's mesh."""
     mesh = _explicit(x)
-    if mesh is None or not names or k % math.prod(mesh.shape[n] for n in names):
-        return None
-    return names if len(names) > 1 else names[0]
+    if mesh is None or entry is None:
+        return False
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return size % math.prod(mesh.shape[name] for name in names) == 0
 
 
 def _out(x: jax.Array, spec: list[Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from wlab.core import _linalg as linalg  # noqa: F401
 from wlab.core import _sharding as sharding  # noqa: F401
 from wlab.core import _ste as ste  # noqa: F401
 from wlab.core import _subset as subsets  # noqa: F401
+from wlab.core._float32 import in_float32 as in_float32
 from wlab.core._keys import fold_path as fold_path
 from wlab.core._keys import typed_key as typed_key
 from wlab.core._layered import Layered as Layered

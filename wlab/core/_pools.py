@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
 from wlab.core import _linalg as linalg
+from wlab.core._float32 import accumulated
 from wlab.core._tree import (
     Leaf,
     Pattern,
@@ -639,11 +640,6 @@ def _numbered(paths: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
 
 
 # --- Arrays ----------------------------------------------------------------------
-
-
-def accumulated(x: jax.Array) -> jax.Array:
-    """The array in float32 at least."""
-    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
 def like(x: jax.Array, other: jax.Array, lead: int | None = None) -> jax.Array:

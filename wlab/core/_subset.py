@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from wlab.core import _sharding as sharding
+from wlab.core._float32 import in_float32
 from wlab.core._keys import fold_paths, typed_key
 from wlab.core._lift import is_weight
 from wlab.core._pools import Along as Along
@@ -40,9 +41,9 @@ from wlab.core._pools import Draw as Draw
 from wlab.core._pools import Members as Members
 from wlab.core._pools import Pool as Pool
 from wlab.core._pools import Side as Side
-from wlab.core._pools import accumulated, choose_all, like, pools_of, whole
 from wlab.core._pools import ascending as ascending
 from wlab.core._pools import at_random as at_random
+from wlab.core._pools import choose_all, like, pools_of, whole
 from wlab.core._pools import descending as descending
 from wlab.core._pools import hidden_kernels as hidden_kernels
 from wlab.core._pools import in_proportion as in_proportion
@@ -158,8 +159,8 @@ def subset(
         [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     """
     _check_arguments(k, every, reset)
-    base = _accumulating(inner)
-    others = optax.identity() if rest is None else _accumulating(rest)
+    base = in_float32(inner)
+    others = optax.identity() if rest is None else in_float32(rest)
     cut = functools.partial(
         _checked_pools,
         k=k,
@@ -448,31 +449,6 @@ def _is_whole(pool: Pool, grads: Mapping[str, Any], leaves: Mapping[str, Any]) -
 
 
 # --- The inner transform ---------------------------------------------------------
-
-
-def _accumulating(
-    tx: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """The transform with states and sums in float32 at least, but of weights."""
-    tx = optax.with_extra_args_support(tx)
-
-    def wide(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: x if is_weight(x) else accumulated(x), tree, is_leaf=is_weight
-        )
-
-    def narrow(u: Any, g: Any) -> Any:
-        return u if is_weight(u) else u.astype(jnp.result_type(g))
-
-    def init(params: Any) -> Any:
-        return tx.init(wide(params))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        params = None if params is None else wide(params)
-        out, state = tx.update(wide(updates), state, params, **extra)
-        return jax.tree.map(narrow, out, updates, is_leaf=is_weight), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _each_slot(

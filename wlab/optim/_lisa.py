@@ -18,7 +18,6 @@ References:
     <https://arxiv.org/abs/2403.17919>`_, NeurIPS 2024.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +29,7 @@ from jax.typing import ArrayLike
 from wlab.core import (
     LayerGrads,
     find_layers,
+    in_float32,
     is_weight,
     leaves_with_paths,
     map_with_path,
@@ -152,7 +152,7 @@ def lisa(
     if k < 1 or interval < 1:
         raise ValueError(f"k={k} and interval={interval} must be at least 1")
     draw_key = typed_key(key)
-    direction = _in_float32(
+    direction = in_float32(
         optax.chain(
             optax.scale_by_adam(b1, b2, eps) if inner is None else inner,
             optax.add_decayed_weights(weight_decay),
@@ -292,23 +292,6 @@ def _pool(tree: Any, layers: str | Sequence[str], k: int) -> Any:
 
 def _wide(x: Any) -> Any:
     return jnp.promote_types(jnp.result_type(x), jnp.float32)
-
-
-def _in_float32(
-    tx: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """The transform with moments and sums in float32 at least."""
-    tx = optax.with_extra_args_support(tx)
-    wide = functools.partial(jax.tree.map, lambda x: x.astype(_wide(x)))
-
-    def init(params: Any) -> Any:
-        return tx.init(wide(params))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        out, state = tx.update(wide(updates), state, wide(params), **extra)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), out, updates), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class _Restarted(NamedTuple):

@@ -128,6 +128,18 @@ def test_a_pod_is_planned_by_its_own_compiler():
     assert found.moved["all-gather"] > 0
 
 
+@pytest.mark.parametrize(
+    ("topology", "devices"),
+    [("v4:2x2x1", 8), ("v5p:2x2x1", 4), ("v6e:2x2", 4), ("tpu7x:2x2x1", 8)],
+)
+def test_every_kind_of_chip(topology: str, devices: int):
+    """Of v4 and tpu7x jax sees two devices a chip."""
+    pytest.importorskip("libtpu", reason="the extra plan is not installed")
+    found = plan.plan(_small(), "adamw", topology, length=16)
+    assert (found.devices, found.chips) == (devices, 4)
+    assert found.fits and found.temporaries is not None
+
+
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "--mesh", "data:2"]) == 2
     assert "write it as data=2,fsdp=-1" in capsys.readouterr().err

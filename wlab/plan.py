@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 import wlab
 from wlab import quant, train
-from wlab._collectives import collectives
+from wlab._collectives import Collective, collectives
 from wlab.core import sharding
 from wlab.models import layered
 from wlab.models.decoder import Decoder, DecoderConfig, apply_with_losses
@@ -232,9 +232,7 @@ def plan(
         temporaries = memory.temp_size_in_bytes
         total = memory.argument_size_in_bytes + temporaries
         total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-        # The loops over active layers end at run time: all layers, at most.
-        text, depth = compiled.as_text(), config.depth
-        for item in collectives(text, len(devices), loops=depth):
+        for item in _sent(compiled, len(devices), config.depth):
             moved[item.kind] = moved.get(item.kind, 0.0) + item.sent
     return Plan(
         model=model if isinstance(model, str) else "custom",
@@ -413,6 +411,16 @@ def _compile(
         if "RESOURCE_EXHAUSTED" not in text:
             raise
         return None, _needed(text)
+
+
+def _sent(compiled: Any, devices: int, depth: int) -> list[Collective]:
+    """The collectives of a program; none where this jaxlib cannot print it (tpu7x)."""
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return []
+    # The loops over active layers end at run time: all layers, at most.
+    return collectives(text, devices, loops=depth)
 
 
 def _needed(text: str) -> tuple[int | None, int | None]:

@@ -85,13 +85,13 @@ def make_mesh(
         )
     for name in free:
         sizes[name] = n // known
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(kind,) * len(sizes),
-        devices=devices,
-    )
+    kinds = (AxisType.Explicit if explicit else AxisType.Auto,) * len(sizes)
+    shape, names = tuple(sizes.values()), tuple(sizes)
+    try:
+        return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+    except AssertionError:
+        # Of v4 jax lays out whole chips only, and these are their halves.
+        return Mesh(np.asarray(devices).reshape(shape), names, axis_types=kinds)
 
 
 def specs(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> Any:

@@ -14,6 +14,7 @@ from wlab._version import __version__ as __version__
 if TYPE_CHECKING:
     from wlab import core as core
     from wlab import data as data
+    from wlab import es as es
     from wlab import models as models
     from wlab import optim as optim
     from wlab import probe as probe
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from wlab.core import materialise as materialise
     from wlab.quant import Quantized as Quantized
 
-_ROOMS = ("core", "data", "models", "optim", "probe", "quant", "train")
+_ROOMS = ("core", "data", "es", "models", "optim", "probe", "quant", "train")
 _NAMES = {
     "LowRank": "wlab.core",
     "MatrixView": "wlab.core",

@@ -7,6 +7,8 @@ weight are all of this form. A product with it costs the product with the base p
 two skinny ones.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +25,9 @@ from wlab.core._shapes import (
     window,
 )
 from wlab.core._view import MatrixView
+
+# Terms that a product with a vector takes one by one.
+_FEW = 8
 
 
 class LowRank(Weight):
@@ -275,7 +280,12 @@ class LowRank(Weight):
             return taken, [*batch, *(i for i in labels if i != axis)]
 
         a, a_labels = take(self.a.astype(acc), [*stack, *ins])
-        b, b_labels = take(self._scaled_b(acc), [*stack, *outs])
+        if self.scale.ndim:
+            b, b_labels = take(self._scaled_b(acc), [*stack, *outs])
+        else:
+            # A row of the input side has few numbers: the scale goes there.
+            a = a * self.scale.astype(acc)
+            b, b_labels = take(self.b.astype(acc), [*stack, *outs])
         out = gather_labels([i for i in range(n) if i != axis], batch, params)
         delta = jnp.einsum(a, a_labels, b, b_labels, out)
         if self.base is None:
@@ -411,36 +421,66 @@ class LowRank(Weight):
         stack, ins, outs = self._axes()
         rank = self._ndim
         compute = jnp.promote_types(x.dtype, self.a.dtype)
-        first = (self.a, [*stack, *ins, rank])
-        second = (self._scaled_b(acc).astype(compute), [*stack, *outs, rank])
+        x = x.astype(compute)
+        first, second = (self.a, [*stack, *ins]), (self.b, [*stack, *outs])
         if not set(labels) & set(ins) and set(labels) & set(outs):
             first, second = second, first
         keep = set(out) | set(second[1])
         middle = [
             label for label in dict.fromkeys((*labels, *first[1])) if label in keep
         ]
-        x = x.astype(compute)
-        factor = first[0].astype(compute)
-        hidden = jnp.einsum(
-            x,
-            labels,
-            factor,
-            first[1],
-            middle,
-            precision=precision,
-            preferred_element_type=acc,
-            out_sharding=_explicit_sharding(middle, (x, labels), (factor, first[1])),
+
+        def product(first_factor: jax.Array, second_factor: jax.Array, r: Any) -> Any:
+            """The product with some of the terms; `r` is their label, if any."""
+            hidden = jnp.einsum(
+                x,
+                labels,
+                first_factor.astype(compute),
+                [*first[1], *r],
+                [*middle, *r],
+                precision=precision,
+                preferred_element_type=acc,
+                out_sharding=_explicit_sharding(
+                    [*middle, *r], (x, labels), (first_factor, [*first[1], *r])
+                ),
+            )
+            # The scale goes where the fewest numbers are.
+            hidden = hidden * self._aligned_scale([*middle, *r], acc)
+            return jnp.einsum(
+                hidden.astype(compute),
+                [*middle, *r],
+                second_factor.astype(compute),
+                [*second[1], *r],
+                out,
+                precision=precision,
+                preferred_element_type=acc,
+                out_sharding=out_sharding,
+            )
+
+        rows = math.prod(
+            n for n, i in zip(x.shape, labels, strict=True) if i not in first[1]
         )
-        return jnp.einsum(
-            hidden.astype(compute),
-            middle,
-            second[0].astype(compute),
-            second[1],
-            out,
-            precision=precision,
-            preferred_element_type=acc,
-            out_sharding=out_sharding,
-        )
+        if rows == 1 and self.rank <= _FEW:
+            # Sums of products, which fuse: as small matrix products, one for each
+            # member of a vmap, they would cost more than all the rest.
+            terms = [
+                product(first[0][..., i], second[0][..., i], ())
+                for i in range(self.rank)
+            ]
+            return functools.reduce(jnp.add, terms)
+        return product(first[0], second[0], (rank,))
+
+    def _aligned_scale(self, labels: list[int], dtype: Any) -> jax.Array:
+        """The scale, to be multiplied with an array of these axes."""
+        scale = self.scale.astype(dtype)
+        if not scale.ndim:
+            return scale
+        stack, _, _ = self._axes()
+        order = sorted(range(scale.ndim), key=lambda i: labels.index(stack[i]))
+        shape = [1] * len(labels)
+        for i in order:
+            shape[labels.index(stack[i])] = scale.shape[i]
+        return scale.transpose(order).reshape(shape)
 
 
 def _accumulator(*dtypes: Any) -> Any:

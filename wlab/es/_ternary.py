@@ -19,7 +19,7 @@ def pack_ternary(values: jax.Array) -> jax.Array:
     """
     n = values.shape[0]
     digits = jnp.pad(values.astype(jnp.int32) + 1, (0, -n % 5)).reshape(-1, 5)
-    return (digits * jnp.array(_POWERS, jnp.int32)).sum(axis=1).astype(jnp.uint8)
+    return (digits * jnp.array([_POWERS], jnp.int32)).sum(axis=1).astype(jnp.uint8)
 
 
 def unpack_ternary(packed: jax.Array, n: int) -> jax.Array:
@@ -32,5 +32,5 @@ def unpack_ternary(packed: jax.Array, n: int) -> jax.Array:
     Returns:
         int8 `[n]`.
     """
-    digits = packed.astype(jnp.int32)[:, None] // jnp.array(_POWERS, jnp.int32) % 3
+    digits = packed.astype(jnp.int32)[:, None] // jnp.array([_POWERS], jnp.int32) % 3
     return (digits.reshape(-1)[:n] - 1).astype(jnp.int8)

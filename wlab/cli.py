@@ -154,6 +154,8 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--optimizer", action="append", help="such as eco; repeatable")
     plan.add_argument("--topology", default="v5e:16x16", help="a slice, or cpu:8")
     plan.add_argument("--batch", type=int, help="sequences of a step, on all devices")
+    plan.add_argument("--population", type=int, help="members of a search (eggroll)")
+    plan.add_argument("--chunk", type=int, help="members a device runs at a time")
     plan.add_argument("--seq", type=int, default=2048, help="tokens of a sequence")
     plan.add_argument(
         "--mesh", help="data=..,fsdp=..,tensor=..,expert=..; -1: the rest"
@@ -282,6 +284,8 @@ def _plan(options: argparse.Namespace) -> int:
         "length": options.seq,
         "mesh": sizes or None,
         "remat": None if options.remat is None else options.remat == "full",
+        "population": options.population,
+        "chunk": options.chunk,
     }
     plans = []
     for model in options.model or ["2b"]:

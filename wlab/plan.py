@@ -26,7 +26,7 @@ import optax
 from jax.sharding import Mesh
 
 import wlab
-from wlab import quant, train
+from wlab import es, quant, train
 from wlab._collectives import Collective, collectives
 from wlab.core import sharding
 from wlab.models import layered
@@ -36,6 +36,7 @@ from wlab.models.sizes import get_size, train_flops
 __all__ = [
     "CHIPS",
     "OPTIMIZERS",
+    "STRATEGIES",
     "Chip",
     "Plan",
     "largest_batch",
@@ -121,6 +122,19 @@ OPTIMIZERS: Mapping[str, Recipe] = {
     ),
 }
 
+STRATEGIES: Mapping[str, Callable[[], wlab.core.Strategy]] = {
+    "eggroll": functools.partial(
+        es.eggroll, 1e-3, dense="freeze", axis_name="population"
+    ),
+    "eggroll-sum": functools.partial(
+        es.eggroll, 1e-3, dense="freeze", axis_name="population", reduce="sum"
+    ),
+}
+"""Searches by name: devices tell each other fitness, or add up their gradients.
+
+Parameters are bfloat16, moved by plain gradient descent.
+"""
+
 
 class Plan(NamedTuple):
     """What one step needs; bytes are those of one device."""
@@ -131,7 +145,7 @@ class Plan(NamedTuple):
     devices: int
     chips: int
     mesh: dict[str, int]
-    batch: int  # sequences
+    batch: int  # sequences; of a search, one for each member of the population
     length: int  # tokens of a sequence
     parameters: int  # bytes of the parameters as they are stored
     state: int  # bytes of the optimiser's state
@@ -163,20 +177,25 @@ def plan(
     mesh: Mapping[str, int] | None = None,
     remat: bool | None = None,
     rules: sharding.Rules = (),
+    population: int | None = None,
+    chunk: int | None = None,
 ) -> Plan:
     """Compiles the train step of a decoder for a topology.
 
     Args:
         model: a size of `wlab.models.sizes`, or a config.
-        optimizer: one of `OPTIMIZERS`.
+        optimizer: one of `OPTIMIZERS` or `STRATEGIES`.
         topology: a TPU slice as "v5e:16x16", or "cpu:8", for which the step also runs.
         batch: sequences of a step on all devices; by default one for each part into
             which the mesh divides a batch.
         length: tokens of a sequence.
         mesh: sizes of the axes, as in `wlab.core.sharding.make_mesh`; fsdp=-1 if none
-            is given.
+            is given, population=-1 for a search.
         remat: whether activations are computed again; by default as the size says.
         rules: where parameters live, as in `wlab.core.sharding.specs`.
+        population: members of a search, each with a sequence of its own; by default
+            two for each device.
+        chunk: members that a device runs at a time; by default a pair.
 
     Returns:
         The plan.
@@ -189,32 +208,37 @@ def plan(
     config = get_size(model) if isinstance(model, str) else model
     if remat is not None:
         config = dataclasses.replace(config, remat=remat)
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"no optimizer {optimizer!r}: choose of {list(OPTIMIZERS)}")
-    devices, kind = _devices(topology)
-    axes: dict[str, Any] = dict(mesh or {"fsdp": -1})
-    grid = sharding.make_mesh(devices=devices, **axes)
-    spec = sharding.batch_spec(grid)
-    parts = math.prod(grid.shape[n] for n in sharding.BATCH)
-    batch = parts if batch is None else batch
-    if batch < 1 or batch % parts:
+    if optimizer not in (known := [*OPTIMIZERS, *STRATEGIES]):
+        raise ValueError(f"no optimizer {optimizer!r}: choose of {known}")
+    searches = optimizer in STRATEGIES
+    if not searches and (population or chunk):
         raise ValueError(
-            f"batch={batch} does not divide into the {parts} parts of the mesh: take a "
-            f"multiple of {parts}"
+            f"population= and chunk= are for a search, which {optimizer!r} is not: "
+            f"choose of {list(STRATEGIES)}"
         )
-    recipe = OPTIMIZERS[optimizer]
-    make_params = functools.partial(_make_params, config, recipe.grid)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), recipe.make(config))
+    devices, kind = _devices(topology)
+    axes: dict[str, Any] = dict(mesh or {"population" if searches else "fsdp": -1})
+    grid = sharding.make_mesh(devices=devices, **axes)
+    if searches:
+        if "population" not in axes:
+            raise ValueError(f"mesh {axes}: a search divides its axis 'population'")
+        batch = 2 * grid.shape["population"] if population is None else population
+        make_params, tx, step = _search(config, optimizer, grid, batch, chunk or 2)
+        spec = jax.P("population")
+    else:
+        spec = sharding.batch_spec(grid)
+        parts = math.prod(grid.shape[n] for n in sharding.BATCH)
+        batch = parts if batch is None else batch
+        if batch < 1 or batch % parts:
+            raise ValueError(
+                f"batch={batch} does not divide into the {parts} parts of the mesh: "
+                f"take a multiple of {parts}"
+            )
+        make_params, tx, step = _training(config, OPTIMIZERS[optimizer])
     abstract = train.abstract_state(make_params, tx, grid, rules=rules)
     tokens = jax.ShapeDtypeStruct(
         (batch, length + 1), jnp.int32, sharding=jax.NamedSharding(grid, spec)
     )
-    if recipe.layers:
-        step = train.make_train_step(
-            layered(config, _loss_of_logits), tx, active=wlab.optim.active_layers
-        )
-    else:
-        step = train.make_train_step(_loss_fn(config), tx)
     start = time.perf_counter()
     compiled, refused = _compile(step, abstract, tokens, grid)
     seconds = time.perf_counter() - start
@@ -249,12 +273,49 @@ def plan(
         temporaries=temporaries,
         total=total,
         memory=chip.memory // chip.devices if chip else None,
-        flops=train_flops(config, batch, length),
+        # A search has no backward pass, which is two thirds.
+        flops=train_flops(config, batch, length) / (3 if searches else 1),
         moved=moved,
         refused=compiled is None,
         compile_seconds=seconds,
         measured_state=_measure(make_params, tx, grid, rules) if not chip else None,
     )
+
+
+def _training(
+    config: DecoderConfig, recipe: Recipe
+) -> tuple[Callable[[], Any], optax.GradientTransformation, train.StepFn]:
+    """Parameters, optimiser and step of training by gradients."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0), recipe.make(config))
+    if recipe.layers:
+        step = train.make_train_step(
+            layered(config, _loss_of_logits), tx, active=wlab.optim.active_layers
+        )
+    else:
+        step = train.make_train_step(_loss_fn(config), tx)
+    return functools.partial(_make_params, config, recipe.grid), tx, step
+
+
+def _search(
+    config: DecoderConfig, name: str, mesh: Mesh, population: int, chunk: int
+) -> tuple[Callable[[], Any], optax.GradientTransformation, train.StepFn]:
+    """Parameters, optimiser and step of a search."""
+    strategy = STRATEGIES[name]()
+    tx = optax.chain(es.scale_by_strategy(strategy), optax.sgd(1.0))
+    # No backward pass needs the activations.
+    loss = _loss_fn(dataclasses.replace(config, remat=False))
+
+    def fitness(params: Any, tokens: jax.Array) -> jax.Array:
+        return -loss(params, tokens[None])
+
+    step = es.make_evolution_step(
+        fitness, strategy, tx, population, shared=False, chunk=chunk, mesh=mesh
+    )
+
+    def make_params() -> Any:
+        return optax.tree.cast(_make_params(config, None), jnp.bfloat16)
+
+    return make_params, tx, step
 
 
 def largest_batch(
@@ -448,7 +509,7 @@ def _loss_of_logits(logits: Any, batch: jax.Array, routers: Any = None) -> jax.A
     return loss if routers is None else loss + _BALANCE * routers["balance_loss"]
 
 
-def _loss_fn(config: DecoderConfig) -> train.LossFn:
+def _loss_fn(config: DecoderConfig) -> Callable[[Any, jax.Array], jax.Array]:
     model = Decoder(config)
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ _CALLED = re.compile(
 _CALLED_LISTS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"?known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)"?')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_METADATA = re.compile(r"metadata=(\{[^}]*\})")
 _KINDS = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
     *("ragged-all-to-all", "collective-permute", "collective-broadcast"),
@@ -62,6 +63,7 @@ def collectives(
     """
     bodies = _computations(text)
     times = _times(bodies, loops)
+    shared = _shared_channels(text)
     out: dict[Any, Collective] = {}
     for name, lines in bodies.items():
         fused = _is_fused_scatter(lines)
@@ -89,10 +91,29 @@ def collectives(
             # One that runs beside other work stands in several fusions, some of them in
             # loops, which start it, go on with it and end it; it has one channel.
             channel = _CHANNEL.search(line)
-            one = (kind, channel[1]) if channel else (name, line)
+            one: Any = (name, line)
+            if channel and channel[1] not in shared:
+                one = (kind, channel[1])
             new = Collective(kind, size, group, times[name])
             out[one] = min(out.get(one, new), new, key=lambda c: c.times)
     return list(out.values())
+
+
+def _shared_channels(text: str) -> set[str]:
+    """The channels of more than one collective, as all those of a shard_map are."""
+    uses: dict[str, set[Any]] = defaultdict(set)
+    for line in text.splitlines():
+        channel = _CHANNEL.search(line)
+        found = channel and _INSTRUCTION.match(line)
+        if not channel or not found:
+            continue
+        shapes, op = found.groups()
+        kind = op.removesuffix("-start")
+        if kind in _KINDS:
+            place = _METADATA.search(line)
+            arrays = tuple(_ARRAY.findall(shapes)) if kind == op else ()
+            uses[channel[1]].add((kind, arrays, place and place[1]))
+    return {channel for channel, kinds in uses.items() if len(kinds) > 1}
 
 
 def _computations(text: str) -> dict[str, list[str]]:

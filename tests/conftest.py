@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test-wide settings: eight forced CPU devices, strict ranks, one compilation cache."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -23,6 +24,8 @@ jax.config.update(
     ),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+# Tracing makes many objects that live; looking through them is a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 # A shell's background ignores it, and so would all processes that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

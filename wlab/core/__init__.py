@@ -20,6 +20,7 @@ from wlab.core._lift import is_weight as is_weight
 from wlab.core._lift import lift as lift
 from wlab.core._lift import materialise as materialise
 from wlab.core._lowrank import LowRank as LowRank
+from wlab.core._noisy import Noisy as Noisy
 from wlab.core._strategy import Strategy as Strategy
 from wlab.core._subset import Draw as Draw
 from wlab.core._subset import SubsetState as SubsetState

@@ -9,6 +9,9 @@ from wlab.es._ask_tell import ask_tell as ask_tell
 from wlab.es._eggroll import EvolutionState as EvolutionState
 from wlab.es._eggroll import eggroll as eggroll
 from wlab.es._eggroll import open_es as open_es
+from wlab.es._integer import IntegerState as IntegerState
+from wlab.es._integer import integer_eggroll as integer_eggroll
+from wlab.es._integer import noise_thresholds as noise_thresholds
 from wlab.es._members import Member as Member
 from wlab.es._noise import draw_noise as draw_noise
 from wlab.es._perturbed import Perturbed as Perturbed

@@ -3,5 +3,6 @@
 """Flax models that the recipes need: real architectures in small files."""
 
 from wlab.models import decoder as decoder
+from wlab.models import egg as egg
 from wlab.models import sizes as sizes
 from wlab.models._layered import layered as layered

@@ -1,0 +1,173 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Evolution of integers: where noise begins, what moves, and no float anywhere."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import wlab
+from wlab import es
+from wlab.es import _integer
+from wlab.models import egg
+
+CONFIG = egg.Config(width=4, depth=2)
+PARAMS = egg.init(jax.random.key(0), CONFIG)
+N = 8
+
+
+def make(limit: int = 0, **options: Any) -> tuple[Any, Any]:
+    search = es.integer_eggroll([limit], **({"table_size": 1 << 12} | options))
+    return search, search.init(jax.random.key(1), PARAMS)
+
+
+def step(search: Any) -> Any:
+    """A whole training step: members run, their scores, the update."""
+
+    def run(params: Any, state: Any, tokens: Any, memory: Any) -> Any:
+        def score(member: Any, tokens: Any, memory: Any) -> Any:
+            tree = search.perturb(state, params, member)
+            logits, memory = egg.apply(tree, tokens[:-1], memory)
+            return egg.log_likelihood(logits, tokens[1:]).sum(), memory
+
+        scores, memory = jax.vmap(score)(jnp.arange(N), tokens, memory)
+        updates, state = search.update(state, params, scores)
+        return optax.apply_updates(params, updates), state, memory
+
+    return run
+
+
+TOKENS = jax.random.randint(jax.random.key(2), (N, 5), 0, 256)
+MEMORY = jnp.zeros((N, 2, 4), jnp.int8)
+
+
+@pytest.mark.parametrize("clt", [True, False])
+def test_no_float_in_a_training_step(clt: bool):
+    search, state = make(16, use_clt=clt)
+    text = str(jax.make_jaxpr(step(search))(PARAMS, state, TOKENS, MEMORY))
+    for kind in ("f16", "f32", "f64"):
+        assert f"{kind}[" not in text
+    new, after, memory = jax.jit(step(search))(PARAMS, state, TOKENS, MEMORY)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, PARAMS)
+    assert memory.dtype == jnp.int8 and int(after.epoch) == 1
+    moved = jax.tree.map(lambda a, b: np.abs(np.int32(a) - np.int32(b)), new, PARAMS)
+    assert {int(x.max()) for x in jax.tree.leaves(moved)} <= {0, 1}
+    assert sum(int(x.sum()) for x in jax.tree.leaves(moved)) > 0
+
+
+def test_pairs_share_noise_with_opposite_signs():
+    search, state = make()
+    plus, minus, other = (search.perturb(state, PARAMS, i) for i in (4, 5, 6))
+    np.testing.assert_array_equal(plus["emb"].a, -minus["emb"].a)
+    np.testing.assert_array_equal(plus["emb"].b, minus["emb"].b)
+    assert np.any(plus["emb"].b != other["emb"].b)
+    assert np.any(plus["blocks"]["att"]["Wf"].a[0] != plus["blocks"]["att"]["Wf"].a[1])
+
+
+def test_noise_that_would_pass_the_end_is_the_last_of_the_table():
+    params = {"w": jnp.zeros((3, 2), jnp.int8)}
+    search = es.integer_eggroll([0], table_size=8)
+    state = search.init(0, params)._replace(table=jnp.arange(8, dtype=jnp.int8))
+    starts = set()
+    for pair in range(64):
+        a, b = search.draw(state, params, es.Member(pair, 1))["w"]
+        found = [*b.ravel().tolist(), *a.ravel().tolist()]
+        assert found == list(range(found[0], found[0] + 5))
+        starts.add(found[0])
+    # From 3 on they are moved to 3.
+    assert starts == {0, 1, 2, 3}
+
+
+def test_weights_at_their_ends_stay_there():
+    params = {"w": jnp.full((3, 2), 127, jnp.int8).at[0].set(-127)}
+    search = es.integer_eggroll([0], table_size=64)
+    state = search.init(0, params)
+    for fitness in (jnp.arange(N), -jnp.arange(N)):
+        updates, _ = search.update(state, params, fitness)
+        new = np.int32(params["w"]) + np.int32(updates["w"])
+        assert np.abs(new).max() <= 127
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5])
+def test_the_share_that_moves_under_random_fitness(alpha: float):
+    params = {"w": jnp.zeros((64, 64), jnp.int8), "bias": jnp.zeros(512, jnp.int8)}
+    search = es.integer_eggroll([_integer.threshold(alpha)], table_size=1 << 18)
+    state = search.init(3, params)
+    update = jax.jit(search.update)
+    shares = []
+    for i in range(20):
+        fitness = jax.random.randint(jax.random.key(i), (512,), 0, 1 << 20)
+        updates, state = update(state, params, fitness)
+        shares.append(np.abs(updates["w"]).mean())
+    # Truncation makes the noise smaller than 1, and fewer weights move.
+    assert 0.5 * alpha < np.mean(shares) < 1.1 * alpha
+
+
+def test_thresholds_fall_with_the_share_that_moves():
+    found = es.noise_thresholds(100, 4.0)
+    assert found.dtype == np.int32 and found[0] == 0
+    assert np.all(np.diff(found) >= 0)
+    share = 1 / (15 * 50 / 100 + 1)
+    assert found[50] == _integer.threshold(share)
+    assert len(set(es.noise_thresholds(100, 0.0, 0.3).tolist())) == 1
+    assert _integer.threshold(0.3) == 16
+
+
+def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch):
+    fitness = jax.random.randint(jax.random.key(3), (22,), 0, 9)
+    search, state = make(2)
+    whole, _ = search.update(state, PARAMS, fitness)
+    monkeypatch.setattr(_integer, "_AT_ONCE", 40)
+    parts, _ = search.update(state, PARAMS, fitness)
+    chex.assert_trees_all_equal(parts, whole)
+
+
+def test_noise_is_held_as_told():
+    def noise(reuse: int, epoch: int) -> Any:
+        search, state = make(noise_reuse=reuse)
+        return search.draw(state._replace(epoch=jnp.int32(epoch)), PARAMS, 0)
+
+    chex.assert_trees_all_equal(noise(2, 2), noise(2, 3))
+    chex.assert_trees_all_equal(noise(0, 0), noise(0, 7))
+    assert np.any(noise(1, 0)["emb"][0] != noise(1, 1)["emb"][0])
+
+
+def test_ternary_digits_are_five_to_a_byte():
+    values = jax.random.randint(jax.random.key(0), (23,), -1, 2)
+    packed = es.pack_ternary(values)
+    assert packed.dtype == jnp.uint8 and packed.shape == (5,)
+    np.testing.assert_array_equal(es.unpack_ternary(packed, 23), values)
+    every = jnp.array([[i // 3**k % 3 - 1 for k in range(5)] for i in range(243)])
+    np.testing.assert_array_equal(
+        es.unpack_ternary(es.pack_ternary(every.ravel()), 243 * 5), every.ravel()
+    )
+
+
+def test_bad_arguments():
+    for bad in ([], [[1]], [-1]):
+        with pytest.raises(ValueError, match="thresholds: a vector"):
+            es.integer_eggroll(bad)
+    with pytest.raises(ValueError, match="table_size=100 is no power of two"):
+        es.integer_eggroll([0], table_size=100)
+    with pytest.raises(ValueError, match="rank=0 is positive"):
+        es.integer_eggroll([0], rank=0)
+    with pytest.raises(ValueError, match="alpha=0"):
+        es.noise_thresholds(10, alpha=0)
+    search = es.integer_eggroll([0], table_size=4)
+    with pytest.raises(ValueError, match=r"'w' of shape \(3, 2\) has noise of 5"):
+        search.init(0, {"w": jnp.zeros((3, 2), jnp.int8)})
+    with pytest.raises(TypeError, match=r"'w' of shape \(3,\) holds float32"):
+        search.init(0, {"w": jnp.zeros(3)})
+    with pytest.raises(ValueError, match="no vector or matrix"):
+        search.init(0, {"w": jnp.zeros((3, 2, 2), jnp.int8)})
+    search, state = make()
+    with pytest.raises(ValueError, match=r"fitness of shape \(3,\)"):
+        search.update(state, PARAMS, jnp.arange(3))
+    with pytest.raises(ValueError, match="leave members= and noise= out"):
+        search.update(state, PARAMS, jnp.arange(4), jnp.arange(4))
+    assert wlab.core.Noisy._fields[0] == "weight"

@@ -36,8 +36,12 @@ KINDS: dict[Kind, str] = {
 RECIPES: dict[str, str] = {
     "classp": "wlab.recipes.classp",
     "drop-muon": "wlab.recipes.drop_muon",
+    "countdown": "wlab.recipes.countdown",
     "eco": "wlab.recipes.eco",
     "eco-quadratic": "wlab.recipes.eco_quadratic",
+    "egg-lm": "wlab.recipes.egg_lm",
+    "eggroll": "wlab.recipes.eggroll",
+    "es-rl": "wlab.recipes.es_rl",
     "frugal": "wlab.recipes.frugal",
     "lisa": "wlab.recipes.lisa",
     "mup-wd": "wlab.recipes.mup_wd",

@@ -7,6 +7,7 @@ tensorflow-datasets. Every pipeline shuffles without end, shares a batch out amo
 hosts, and saves its position.
 """
 
+from wlab.data import _control as control  # noqa: F401
 from wlab.data import _countdown as countdown  # noqa: F401
 from wlab.data._documents import Documents as Documents
 from wlab.data._documents import DocumentSplit as DocumentSplit

@@ -17,6 +17,7 @@ from wlab.es._noise import draw_noise as draw_noise
 from wlab.es._perturbed import Perturbed as Perturbed
 from wlab.es._population import draw_pairs as draw_pairs
 from wlab.es._population import evaluate as evaluate
+from wlab.es._shaping import Shaping as Shaping
 from wlab.es._shaping import shape_fitness as shape_fitness
 from wlab.es._step import make_evolution_step as make_evolution_step
 from wlab.es._ternary import pack_ternary as pack_ternary

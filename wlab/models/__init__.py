@@ -4,5 +4,6 @@
 
 from wlab.models import decoder as decoder
 from wlab.models import egg as egg
+from wlab.models import policy as policy
 from wlab.models import sizes as sizes
 from wlab.models._layered import layered as layered

@@ -254,18 +254,12 @@ def _token_losses(
     return optax.softmax_cross_entropy_with_integer_labels(logits, answers)
 
 
-def _formed(config: Config, seed: int) -> Any:
-    """A decoder that has learnt the form of answers, not what is right."""
-    model, (learn, _) = _model(config), task.problems()
-    rng = np.random.default_rng(seed)
-    shape = (config.format_steps, config.format_batch)
-    index = rng.integers(0, len(learn.target), shape).reshape(-1)
-    shown = task.Countdown(*(x[index] for x in learn))
-    answers, _ = task.expressions(shown, rng)
-    batches = (
-        shown.prompt.reshape(*shape, -1),
-        answers.reshape(*shape, -1),
-    )
+@functools.partial(jax.jit, static_argnums=0)
+def _form(
+    config: Config, key: jax.Array, prompts: jax.Array, answers: jax.Array
+) -> Any:
+    """A decoder that has learnt from batches `[steps, batch, tokens]`."""
+    model = _model(config)
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, config.format_steps))
 
     def step(carry: Any, batch: Any) -> tuple[Any, None]:
@@ -274,12 +268,28 @@ def _formed(config: Config, seed: int) -> Any:
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    @jax.jit
-    def learnt(batches: Any) -> Any:
-        params = model.init(jax.random.key(seed), batches[0][0])["params"]
-        return jax.lax.scan(step, (params, tx.init(params)), batches)[0][0]
+    params = model.init(key, prompts[0])["params"]
+    return jax.lax.scan(step, (params, tx.init(params)), (prompts, answers))[0][0]
 
-    return learnt(batches)
+
+def _formed(config: Config, seed: int) -> Any:
+    """A decoder that has learnt the form of answers, not what is right."""
+    learn, _ = task.problems()
+    rng = np.random.default_rng(seed)
+    shape = (config.format_steps, config.format_batch)
+    index = rng.integers(0, len(learn.target), shape).reshape(-1)
+    shown = task.Countdown(*(x[index] for x in learn))
+    answers, _ = task.expressions(shown, rng)
+    batches = (x.reshape(*shape, -1) for x in (shown.prompt, answers))
+    return _form(config, jax.random.key(seed), *batches)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measure(config: Config, params: Any, problems: _Problems) -> Any:
+    """The shares of right answers and of those in the right form, greedily."""
+    answers = _answers(_model(config), params, problems.prompt, None)
+    right, well = _checked(answers, problems)
+    return right.mean(), well.mean()
 
 
 # --- Both ways of learning --------------------------------------------------------
@@ -292,46 +302,67 @@ class _Setting(NamedTuple):
     sigma: float = 0.0  # of evolution
 
 
-def _evolution(
-    config: Config, setting: _Setting, learn: _Problems, seed: int
-) -> tuple[Callable[..., Any], Any]:
-    """A step and its optimiser: all members answer the same prompts, greedily."""
+class _Way(NamedTuple):
+    """A way of learning; its settings are in the state, so that it compiles once."""
+
+    update: Callable[[train.TrainState, _Problems, jax.Array], train.TrainState]
+    init: Callable[[Any, _Setting, int], train.TrainState]
+
+
+def _evolution(config: Config) -> _Way:
+    """All members answer the same prompts, greedily."""
     model = _model(config)
-    strategy = es.eggroll(setting.sigma)
-    tx = optax.chain(es.scale_by_strategy(strategy, seed), optax.sgd(setting.rate))
+    strategy = es.eggroll(0.0)
+    moves = optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
+    tx = optax.chain(es.scale_by_strategy(strategy), moves)
+
+    def init(params: Any, setting: _Setting, seed: int) -> train.TrainState:
+        state = train.init_state(params, tx)
+        search, moves = state.opt_state
+        search = search._replace(
+            sigma=jnp.float32(setting.sigma), key=jax.random.key(seed)
+        )
+        moves.hyperparams["learning_rate"] = jnp.float32(setting.rate)
+        return state._replace(opt_state=(search, moves))
 
     def fitness(params: Any, problems: _Problems) -> jax.Array:
         answers = _answers(model, params, problems.prompt, None)
-        right, well = _checked(answers, problems)
-        # The form is worth a little, so that it is not lost.
-        return (right + 0.1 * well).mean()
+        return _reward(*_checked(answers, problems)).mean()
 
     step = es.make_evolution_step(fitness, strategy, tx, config.population, keep=True)
     prompts = config.answers // config.population
 
-    def update(state: train.TrainState, key: jax.Array) -> train.TrainState:
+    def update(
+        state: train.TrainState, learn: _Problems, key: jax.Array
+    ) -> train.TrainState:
         index = jax.random.randint(key, (prompts,), 0, len(learn.target))
         return step(state, learn.at(index))[0]
 
-    return update, tx
+    return _Way(update, init)
 
 
-def _policy_gradient(
-    config: Config, setting: _Setting, learn: _Problems, seed: int
-) -> tuple[Callable[..., Any], Any]:
-    """A step and its optimiser: several samples of each prompt, and their gradient."""
-    del seed
+def _policy_gradient(config: Config) -> _Way:
+    """Several samples of each prompt, and the gradient of their likelihood."""
     model = _model(config)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(setting.rate))
+    moves = optax.inject_hyperparams(optax.adam)(learning_rate=0.0)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), moves)
     groups = config.answers // config.group
 
-    def update(state: train.TrainState, key: jax.Array) -> train.TrainState:
+    def init(params: Any, setting: _Setting, seed: int) -> train.TrainState:
+        del seed
+        state = train.init_state(params, tx)
+        clip, moves = state.opt_state
+        moves.hyperparams["learning_rate"] = jnp.float32(setting.rate)
+        return state._replace(opt_state=(clip, moves))
+
+    def update(
+        state: train.TrainState, learn: _Problems, key: jax.Array
+    ) -> train.TrainState:
         choose, sample = jax.random.split(key)
         index = jax.random.randint(choose, (groups,), 0, len(learn.target))
         problems = learn.at(jnp.repeat(index, config.group))
         answers = _answers(model, state.params, problems.prompt, sample)
-        right, well = _checked(answers, problems)
-        reward = (right + 0.1 * well).reshape(groups, config.group)
+        reward = _reward(*_checked(answers, problems)).reshape(groups, config.group)
         deviation = reward.std(1, keepdims=True) + 1e-6
         advantage = ((reward - reward.mean(1, keepdims=True)) / deviation).reshape(-1)
 
@@ -344,43 +375,51 @@ def _policy_gradient(
         params = optax.apply_updates(state.params, updates)
         return train.TrainState(state.step + 1, params, opt_state)
 
-    return update, tx
+    return _Way(update, init)
 
 
-_WAYS = {_ES: _evolution, _POLICY: _policy_gradient}
+def _reward(right: jax.Array, well: jax.Array) -> jax.Array:
+    """The form is worth a little, so that it is not lost."""
+    return right + 0.1 * well
+
+
+@functools.cache
+def _way(config: Config, name: str) -> _Way:
+    return {_ES: _evolution, _POLICY: _policy_gradient}[name](config)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _stretch(
+    config: Config,
+    name: str,
+    state: train.TrainState,
+    learn: _Problems,
+    keys: jax.Array,
+) -> train.TrainState:
+    """As many updates as there are keys."""
+    update = _way(config, name).update
+    return jax.lax.scan(lambda s, k: (update(s, learn, k), None), state, keys)[0]
 
 
 def _learn(config: Config, name: str, setting: _Setting, seed: int) -> dict[str, Any]:
     """One run, from a decoder that knows the form, and its evaluations."""
-    sides = [_Problems.of(side) for side in task.problems()]
-    model = _model(config)
-    update, tx = _WAYS[name](config, setting, sides[0], seed)
-    state = train.init_state(_formed(config, seed), tx)
+    learn, valid = map(_Problems.of, task.problems())
+    state = _way(config, name).init(_formed(config, seed), setting, seed)
+    before = float(_measure(config, state.params, valid)[0])
     each = config.updates // config.points
-
-    def measure(params: Any, problems: _Problems) -> Any:
-        right, well = _checked(_answers(model, params, problems.prompt, None), problems)
-        return right.mean(), well.mean()
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def stretch(state: train.TrainState, keys: jax.Array) -> Any:
-        state = jax.lax.scan(lambda s, k: (update(s, k), None), state, keys)[0]
-        return state, measure(state.params, sides[1])
-
-    before = jax.jit(measure)(state.params, sides[1])[0]
     keys = jax.random.split(jax.random.key(1000 + seed), (config.points, each))
     found, marks = [], []
     for some in keys:
-        state, figures = stretch(state, some)
-        found.append([float(x) for x in figures])
+        state = _stretch(config, name, state, learn, some)
+        found.append([float(x) for x in _measure(config, state.params, valid)])
         marks.append(time.perf_counter())
-    # The first stretch compiles, and is not counted.
+    # The first stretch may compile, and is not counted.
     rest = max(1, config.points - 1)
     return {
         "right": [right for right, _ in found],
         "form": found[-1][1],
-        "before": float(before),
-        "learnt": float(jax.jit(measure)(state.params, sides[0])[0]),
+        "before": before,
+        "learnt": float(_measure(config, state.params, learn)[0]),
         "seconds": (marks[-1] - marks[0]) * config.points / rest,
     }
 

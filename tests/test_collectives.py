@@ -52,6 +52,19 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert {c.times for c in found} == {5}
 
 
+def test_those_of_a_shard_map_share_a_channel_and_count_each():
+    mesh = sharding.make_mesh(fsdp=8)
+    x = _placed((64, 32), mesh, P("fsdp"))
+
+    def fn(x: jax.Array) -> jax.Array:
+        first = jax.lax.psum(x.sum(0), "fsdp")
+        return jax.lax.psum(jnp.sin(first) * x[0, 0], "fsdp")[:16]
+
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=P("fsdp"), out_specs=P())
+    found = collectives(_text(mapped, x, mesh, P()), 8)
+    assert [c.kind for c in found] == ["all-reduce"] * 2
+
+
 _TPU = """
 %cond.1 (p: (s32[], bf16[8,16])) -> pred[] {
   %p = (s32[], bf16[8,16]) parameter(0)

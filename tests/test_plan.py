@@ -43,6 +43,22 @@ def test_eco_holds_less_than_adamw():
     assert adamw.gradients == eco.gradients == adamw.parameters
 
 
+def test_a_search_tells_fitness_or_adds_gradients():
+    told, added = (
+        plan.plan(_small(scan=True), name, "cpu:8", length=16, population=32)
+        for name in ("eggroll", "eggroll-sum")
+    )
+    assert told.batch == 32 and told.mesh == {"population": 8}
+    assert told.parameters == told.gradients and told.state < 64
+    # Four bytes for every member, and the metrics.
+    assert 32 * 4 * 7 / 8 <= sum(told.moved.values()) < 400
+    assert sum(added.moved.values()) > added.parameters
+    with pytest.raises(ValueError, match="divides its axis 'population'"):
+        plan.plan(_small(), "eggroll", "cpu:8", mesh={"fsdp": 8})
+    with pytest.raises(ValueError, match="'adamw' is not: choose of"):
+        plan.plan(_small(), "adamw", "cpu:8", population=32)
+
+
 def test_experts_over_their_axis():
     mesh = {"expert": 4, "fsdp": 2}
     config = _small(experts=4)

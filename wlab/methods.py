@@ -35,8 +35,8 @@ KINDS: dict[Kind, str] = {
 
 RECIPES: dict[str, str] = {
     "classp": "wlab.recipes.classp",
-    "drop-muon": "wlab.recipes.drop_muon",
     "countdown": "wlab.recipes.countdown",
+    "drop-muon": "wlab.recipes.drop_muon",
     "eco": "wlab.recipes.eco",
     "eco-quadratic": "wlab.recipes.eco_quadratic",
     "egg-lm": "wlab.recipes.egg_lm",
@@ -227,6 +227,9 @@ _METHODS = (
             "product, so that one shared matrix product serves all members."
         ),
         state="none with SGD, 8 bytes a parameter with Adam; noise comes from keys",
+        module="wlab.es",
+        recipes=("eggroll", "egg-lm", "es-rl", "countdown"),
+        ready=True,
     ),
     Method(
         slug="elastic-ttt",

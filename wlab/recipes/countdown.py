@@ -60,17 +60,17 @@ class Config:
       seeds: how many, each with its own decoder; one more chooses the settings.
     """
 
-    width: int = 64
+    width: int = 32
     depth: int = 2
     format_steps: int = 600
     format_batch: int = 256
-    updates: int = 200
-    answers: int = 4096
+    updates: int = 100
+    answers: int = 1024
     population: int = 128
     group: int = 16
     sigma: tuple[float, ...] = (0.01, 0.03)
-    rates: tuple[float, ...] = (0.1, 0.3, 1.0)
-    policy_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    policy_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     further: int = 2
     points: int = 10
     seeds: int = 3

@@ -69,6 +69,15 @@ def test_pairs_share_noise_with_opposite_signs():
     assert np.any(plus["blocks"]["att"]["Wf"].a[0] != plus["blocks"]["att"]["Wf"].a[1])
 
 
+def test_the_size_and_the_sign_of_noise():
+    search, state = make(sigma_shift=2)
+    tree, noise = search.perturb(state, PARAMS, 5), search.draw(state, PARAMS, 5)
+    assert tree["emb"].shift == 6
+    # Of an odd member the noise is negative before it is shifted.
+    want = np.clip(16 + (-noise["ln_out/scale"] >> 6), -127, 127)
+    np.testing.assert_array_equal(tree["ln_out"]["scale"], want)
+
+
 def test_noise_that_would_pass_the_end_is_the_last_of_the_table():
     params = {"w": jnp.zeros((3, 2), jnp.int8)}
     search = es.integer_eggroll([0], table_size=8)
@@ -91,6 +100,81 @@ def test_weights_at_their_ends_stay_there():
         updates, _ = search.update(state, params, fitness)
         new = np.int32(params["w"]) + np.int32(updates["w"])
         assert np.abs(new).max() <= 127
+
+
+@pytest.mark.parametrize("clt", [True, False])
+def test_an_update_follows_the_sums(clt: bool):
+    params = {"w": jnp.full((6, 5), 126, jnp.int8), "b": jnp.full(7, -127, jnp.int8)}
+    search = es.integer_eggroll([0, 9], table_size=64, use_clt=clt)
+    state = search.init(4, params)
+    update = jax.jit(search.update)
+    fitness = jnp.array([3, 9, 4, 4, 8, 1, 7, 2, 5, 6])
+    for epoch, limit, worth in ((0, 0, fitness), (0, 0, 0 * fitness), (1, 9, fitness)):
+        state = state._replace(epoch=jnp.int32(epoch))
+        pairs = es.Member(jnp.arange(5), jnp.ones(5, jnp.int32))
+        noise = jax.vmap(search.draw, (None, None, 0))(state, params, pairs)
+        shape = np.int64 if clt else np.sign
+        a, b, dense = (shape(np.int64(x)) for x in (*noise["w"], noise["b"]))
+        signs = np.sign(np.int64(worth[::2]) - np.int64(worth[1::2]))
+        sums = {
+            "w": np.einsum("p,por,pir->oi", signs, a, b),
+            "b": np.einsum("p,pi->i", signs, dense),
+        }
+        updates, _ = update(state, params, worth)
+        for name, total in sums.items():
+            # A sum of zero moves down where nothing holds it.
+            step = np.where(total > 0, 1, -1)
+            # Of 5 pairs the root is 2.
+            step[np.abs(total) * 16 < limit * 2 * (256 if clt else 1)] = 0
+            old = np.int64(params[name])
+            want = np.clip(old + step, -127, 127) - old
+            np.testing.assert_array_equal(updates[name], want)
+
+
+def test_members_are_told_by_number():
+    params = {"w": jnp.zeros((6, 5), jnp.int8)}
+    search = es.integer_eggroll([9], table_size=64)
+    update = jax.jit(search.update)
+    fitness, members = jnp.array([3, 9, 8, 1, 7, 2]), jnp.arange(6)
+    state = search.init(4, params)
+    want, _ = update(state, params, fitness)
+    chex.assert_trees_all_equal(update(state, params, fitness, members)[0], want)
+    turned = jnp.roll(members, 2), jnp.roll(fitness, 2)
+    chex.assert_trees_all_equal(update(state, params, *turned[::-1])[0], want)
+    other, _ = update(state, params, fitness, members + 2)
+    assert np.any(other["w"] != want["w"])
+    asked = es.ask_tell(search, optax.identity(), 6)
+    after, _ = asked.tell(asked.init(4, params), members, fitness)
+    chex.assert_trees_all_equal(after.mean, want)
+
+
+def test_noise_begins_where_the_keys_by_position_say():
+    params = {
+        "blocks": {
+            "norm": {"scale": jnp.zeros((2, 3), jnp.int8)},
+            "w": jnp.zeros((2, 2, 3), jnp.int8),
+        },
+        "out": jnp.zeros((4, 2), jnp.int8),
+    }
+    key = jax.random.key(7)
+    search = es.integer_eggroll([0], table_size=64, keys="position")
+    table = jnp.arange(64, dtype=jnp.int8)
+    state = search.init(key, params)._replace(table=table, epoch=jnp.int32(2))
+    leaves = jax.random.split(key, 3)
+
+    def begin(key: Any, pair: int, numbers: int) -> int:
+        word = int(jax.random.key_data(jax.random.fold_in(key, 2))[0])
+        return min((word ^ (pair * 0x45D9F3B)) % 64, 64 - numbers)
+
+    for pair in (1, 6):
+        noise = search.draw(state, params, es.Member(pair, 1))
+        for layer, k in enumerate(jax.random.split(leaves[1], 2)):
+            assert noise["blocks/w"][1][layer, 0, 0] == begin(k, pair, 5)
+        for layer, k in enumerate(jax.random.split(leaves[0], 2)):
+            at = begin(k, pair, 6)
+            want = [(at + i) * (at + i + 1) for i in (0, 2, 4)]
+            assert noise["blocks/norm/scale"][layer].tolist() == want
+        assert noise["out"][1][0, 0] == begin(leaves[2], pair, 6)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5])
@@ -149,7 +233,7 @@ def test_ternary_digits_are_five_to_a_byte():
 
 
 def test_bad_arguments():
-    for bad in ([], [[1]], [-1]):
+    for bad in ([], [[1]], [-1], [0.9]):
         with pytest.raises(ValueError, match="thresholds: a vector"):
             es.integer_eggroll(bad)
     with pytest.raises(ValueError, match="table_size=100 is no power of two"):
@@ -168,6 +252,8 @@ def test_bad_arguments():
     search, state = make()
     with pytest.raises(ValueError, match=r"fitness of shape \(3,\)"):
         search.update(state, PARAMS, jnp.arange(3))
-    with pytest.raises(ValueError, match="leave members= and noise= out"):
-        search.update(state, PARAMS, jnp.arange(4), jnp.arange(4))
+    with pytest.raises(TypeError, match="fitness of float32"):
+        search.update(state, PARAMS, jnp.ones(4))
+    with pytest.raises(ValueError, match="leave noise= out"):
+        search.update(state, PARAMS, jnp.arange(4), noise={})
     assert wlab.core.Noisy._fields[0] == "weight"

@@ -59,11 +59,30 @@ def test_shapes_dtypes_and_what_clears_the_state():
     assert np.any(other[:4] != logits[:4])
 
 
+def test_bad_inputs_are_told():
+    params, state = egg.init(jax.random.key(0), CONFIG), egg.zero_state(CONFIG)
+    with pytest.raises(TypeError, match="tokens of float32"):
+        egg.apply(params, jnp.ones(3), state)
+    for tokens, memory in ((jnp.zeros((2, 3), int), state), (jnp.arange(3), state[:1])):
+        with pytest.raises(ValueError, match=r"one text and \(2, 16\)"):
+            egg.apply(params, tokens, memory)
+
+
 def test_the_norm_of_almost_nothing():
     u = jnp.zeros(16, jnp.int8).at[3].set(5)
     scale = jnp.full(16, 16, jnp.int8)
     assert egg.norm(u, scale).tolist() == [80 if i == 3 else 0 for i in range(16)]
     assert egg.norm(u, scale, least=0).tolist() != egg.norm(u, scale).tolist()
+    # Elsewhere it is the same.
+    u = u.at[5].set(-90)
+    np.testing.assert_array_equal(egg.norm(u, scale, least=0), egg.norm(u, scale))
+
+
+def test_the_division_is_exact():
+    sizes = np.arange(1, 128, dtype=np.int32)[:, None]
+    x = np.arange(-(127**2), 127**2 + 1, dtype=np.int32)[None]
+    found = jax.jit(jax.vmap(egg._over))(x.repeat(127, 0), sizes)
+    np.testing.assert_array_equal(found, np.clip(x // sizes, -127, 127))
 
 
 @pytest.mark.parametrize("width", [1, 2, 8, 32, 48, 100])

@@ -126,13 +126,15 @@ def integer_eggroll(
 
     Returns:
         A strategy. `perturb` returns a tree whose matrices are
-        `wlab.core.Noisy`; `update` takes integer fitness of pairs side by side
-        and returns int8 differences, -1, 0 or 1, for `optax.apply_updates`.
+        `wlab.core.Noisy`; `update` takes integer fitness of whole pairs side by
+        side, also where `members` numbers them, and returns int8 differences, -1, 0 or
+        1, for `optax.apply_updates`.
 
     Raises:
         ValueError: at build time for values out of range; at `init` for a leaf whose
             noise is larger than the table; at `update` for an odd population.
-        TypeError: at `init` for a leaf that is not int8.
+        TypeError: at `init` for a leaf that is not int8; at `update` for fitness that
+            is not of integers.
 
     Examples:
         >>> es = integer_eggroll([0], table_size=64)
@@ -142,9 +144,11 @@ def integer_eggroll(
         >>> updates["w"].dtype
         dtype('int8')
     """
-    limits = np.asarray(thresholds, np.int32)
-    if limits.ndim != 1 or not limits.size or limits.min() < 0:
-        raise ValueError("thresholds: a vector of numbers from 0, one for each epoch")
+    limits = np.asarray(thresholds)
+    whole = np.issubdtype(limits.dtype, np.integer)
+    if limits.ndim != 1 or not limits.size or not whole or limits.min() < 0:
+        raise ValueError("thresholds: a vector of integers from 0, one for each epoch")
+    limits = limits.astype(np.int32)
     if table_size < 2 or table_size.bit_count() != 1:
         raise ValueError(f"table_size={table_size} is no power of two")
     if rank < 1 or sigma_shift < 0 or noise_reuse < 0:
@@ -233,12 +237,14 @@ def integer_eggroll(
         members: jax.Array | None = None,
         noise: Any = None,
     ) -> tuple[Any, IntegerState]:
-        if members is not None or noise is not None:
+        if noise is not None:
             raise ValueError(
-                "a search over integers takes the fitness of whole pairs in order, and "
-                "reads its noise again: leave members= and noise= out"
+                "a search over integers reads its noise again: leave noise= out"
             )
         signs = fitness_signs(fitness)
+        pairs = jnp.arange(signs.shape[0], dtype=jnp.int32)
+        if members is not None:
+            pairs = as_member(members[::2]).pair.astype(jnp.int32)
         epoch = jnp.minimum(state.epoch, limits.size - 1)
         limit = jnp.asarray(limits)[epoch] * math.isqrt(signs.shape[0])
         limit = limit * (256 if use_clt else 1)
@@ -247,6 +253,7 @@ def integer_eggroll(
             total = jax.vmap(
                 lambda s, leaf=leaf: _sums(
                     lambda pair: read(state.table, leaf, s, pair),
+                    pairs,
                     signs,
                     leaf.numbers(rank),
                     use_clt,
@@ -278,7 +285,13 @@ def fitness_signs(fitness: jax.Array) -> jax.Array:
 
     Raises:
         ValueError: for an odd population.
+        TypeError: for fitness that is not of integers.
     """
+    if not jnp.issubdtype(fitness.dtype, jnp.integer):
+        raise TypeError(
+            f"fitness of {fitness.dtype}: a search over integers compares integers, "
+            "such as sums of wlab.models.egg.log_likelihood"
+        )
     if fitness.ndim != 1 or fitness.shape[0] % 2:
         raise ValueError(
             f"fitness of shape {fitness.shape} is not of antithetic pairs: give one "
@@ -288,7 +301,9 @@ def fitness_signs(fitness: jax.Array) -> jax.Array:
     return jnp.sign(plus - minus).astype(jnp.int8)
 
 
-def _sums(read: Any, signs: jax.Array, numbers: int, use_clt: bool) -> jax.Array:
+def _sums(
+    read: Any, pairs: jax.Array, signs: jax.Array, numbers: int, use_clt: bool
+) -> jax.Array:
     """The sum over pairs of their noise times their sign, int32."""
 
     def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -305,7 +320,6 @@ def _sums(read: Any, signs: jax.Array, numbers: int, use_clt: bool) -> jax.Array
 
     n = signs.shape[0]
     at_once = max(1, _AT_ONCE // numbers)
-    pairs = jnp.arange(n, dtype=jnp.int32)
     if n <= at_once:
         return some((pairs, signs))
     parts = -(-n // at_once)
@@ -320,14 +334,8 @@ def _sums(read: Any, signs: jax.Array, numbers: int, use_clt: bool) -> jax.Array
 
 
 def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
-    def narrow(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum("por,pir->oi", a, b, preferred_element_type=jnp.int32)
-
-    def wide(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum("por,pir->oi", a.astype(jnp.int32), b.astype(jnp.int32))
-
-    # Of CPUs only products of int32 are compiled to fast code.
-    return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
+    """The sum over pairs of their outer products, in int32."""
+    return jnp.einsum("por,pir->oi", a, b, preferred_element_type=jnp.int32)
 
 
 def _hash(pair: Any) -> jax.Array:

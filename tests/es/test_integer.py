@@ -232,6 +232,26 @@ def test_ternary_digits_are_five_to_a_byte():
     )
 
 
+def test_the_step_that_fit_runs():
+    search = es.integer_eggroll(es.noise_thresholds(20, 3.0), table_size=1 << 12)
+    tx = es.scale_by_strategy(search, 1)
+
+    def score(params: Any, tokens: jax.Array) -> jax.Array:
+        logits, _ = egg.apply(params, tokens[:-1], egg.zero_state(CONFIG))
+        return egg.log_likelihood(logits, tokens[1:]).sum()
+
+    step = es.make_evolution_step(score, search, tx, 64)
+    state = wlab.train.init_state(PARAMS, tx)
+    text = jnp.tile(jnp.array([65, 66], jnp.uint8), 6)
+    state, history = wlab.train.fit(step, state, [text] * 20, steps=20, every=1)
+    assert history["fitness"][-1] > history["fitness"][0]
+    chex.assert_trees_all_equal_shapes_and_dtypes(state.params, PARAMS)
+    told = es.ask_tell(search, optax.identity(), 8)
+    asked = told.init(jax.random.key(0), PARAMS)
+    asked, _ = told.tell(asked, told.ask(asked), jnp.arange(8))
+    assert int(asked.generation) == 1
+
+
 def test_bad_arguments():
     for bad in ([], [[1]], [-1], [0.9]):
         with pytest.raises(ValueError, match="thresholds: a vector"):

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from wlab.core import Strategy
+from wlab.es._eggroll import EvolutionState
 from wlab.es._population import draw_pairs, evaluate
 from wlab.es._transform import evolution_state
 from wlab.train import StepFn, TrainState
@@ -47,8 +48,9 @@ def make_evolution_step(
 
     Returns:
         `step(state, batch)`, which returns the next state and the metrics "fitness",
-        "fitness_best" (mean and largest of the members that did not fail), "failed"
-        and "sigma". The state is that of `wlab.train.init_state(params, tx)`.
+        "fitness_best" (mean and largest of the members that did not fail) and, of a
+        search over floats, "failed" and "sigma". The state is that of
+        `wlab.train.init_state(params, tx)`.
 
     Raises:
         ValueError: for a population that the mesh does not divide into pairs.
@@ -101,11 +103,13 @@ def make_evolution_step(
         state, fitness = run(state, batch)
         search = evolution_state(state.opt_state)
         finite = jnp.isfinite(fitness)
-        return state, {
-            "fitness": jnp.mean(fitness, where=finite),
-            "fitness_best": jnp.max(fitness, where=finite, initial=-jnp.inf),
-            "failed": search.failed,
-            "sigma": search.sigma,
+        measured = fitness.astype(jnp.float32)
+        metrics = {
+            "fitness": jnp.mean(measured, where=finite),
+            "fitness_best": jnp.max(measured, where=finite, initial=-jnp.inf),
         }
+        if isinstance(search, EvolutionState):
+            metrics |= {"failed": search.failed, "sigma": search.sigma}
+        return state, metrics
 
     return step

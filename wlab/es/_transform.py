@@ -9,6 +9,7 @@ import optax
 
 from wlab.core import Strategy
 from wlab.es._eggroll import EvolutionState, eggroll
+from wlab.es._integer import IntegerState
 
 
 def scale_by_strategy(
@@ -78,14 +79,17 @@ def scale_by_eggroll(
     return scale_by_strategy(eggroll(*args, **kwargs), key)
 
 
-def evolution_state(opt_state: Any) -> EvolutionState:
-    """The state of the search in that of a chain.
+def evolution_state(opt_state: Any) -> Any:
+    """The state of the search in that of a chain, `EvolutionState` or `IntegerState`.
 
     Raises:
         ValueError: if there is none, or more than one.
     """
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, EvolutionState))
-    found = [leaf for leaf in leaves if isinstance(leaf, EvolutionState)]
+
+    def searches(x: Any) -> bool:
+        return isinstance(x, (EvolutionState, IntegerState))
+
+    found = list(filter(searches, jax.tree.leaves(opt_state, is_leaf=searches)))
     if len(found) != 1:
         raise ValueError(
             f"the optimiser's state holds {len(found)} states of a search and not one: "

@@ -362,8 +362,10 @@ def test_bad_arguments():
         es.eggroll(-1.0)
     with pytest.raises(ValueError, match="noise_reuse=-1"):
         es.eggroll(0.1, noise_reuse=-1)
-    with pytest.raises(ValueError, match="group_size=3: a group is of whole pairs"):
-        es.eggroll(0.1, group_size=3)
+    with pytest.raises(ValueError, match="group_size=0"):
+        es.eggroll(0.1, group_size=0)
+    with pytest.raises(ValueError, match="group_size=3: with shaping='baseline'"):
+        es.eggroll(0.1, group_size=3, shaping="baseline")
     with pytest.raises(ValueError, match="dense='drop'"):
         es.eggroll(0.1, dense="drop")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no shaping"):

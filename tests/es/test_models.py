@@ -18,7 +18,7 @@ import wlab
 from wlab import es
 from wlab.core import LowRank, is_weight
 from wlab.es import _perturbed
-from wlab.optim import eco
+from wlab.optim import eco, mup, mup_adamw
 from wlab.quant import quantize_tree
 
 N = 6
@@ -183,6 +183,25 @@ def test_over_a_packed_base(grid: str):
     ]
     new = [x.codes for x in jax.tree.leaves(moved, is_leaf=is_weight) if is_weight(x)]
     assert codes and any(np.any(a != b) for a, b in zip(codes, new, strict=True))
+
+
+def test_with_the_rates_of_mup():
+    """A pseudo-gradient is a gradient: widths scale its steps."""
+
+    def params(width: int) -> Any:
+        return {"up": {"kernel": jnp.ones((width, width))}, "bias": jnp.ones(width)}
+
+    classes = mup.classify(params(8), params(4))
+    search = es.eggroll(0.1)
+    steps = {}
+    for name, tx in (("mup", mup_adamw(0.1, 0.0, classes)), ("adamw", optax.adam(0.1))):
+        chain = optax.chain(es.scale_by_strategy(search), tx)
+        state = chain.init(params(8))
+        steps[name], _ = chain.update(None, state, params(8), fitness=jnp.arange(4.0))
+    np.testing.assert_allclose(
+        steps["mup"]["up"]["kernel"], steps["adamw"]["up"]["kernel"] / 2, rtol=1e-4
+    )
+    np.testing.assert_allclose(steps["mup"]["bias"], steps["adamw"]["bias"], rtol=1e-4)
 
 
 def test_what_is_packed_may_stay():

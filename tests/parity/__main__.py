@@ -17,7 +17,9 @@ from tests import parity
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
-    parser.add_argument("slug", choices=parity.slugs())
+    parser.add_argument(
+        "slug", type=lambda name: name.replace("_", "-"), choices=parity.slugs()
+    )
     parser.add_argument("file", nargs="?", help="an .npz file of the same format")
     args = parser.parse_args()
     path = args.file or parity.golden(args.slug)

@@ -30,7 +30,8 @@ _VIEWS = {name: MatrixView((-1,), (-2,)) for name in ("S", "W")}
 
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     n, rank = int(inputs["pop"]), int(inputs["rank"])
-    reuse, group = int(inputs["noise_reuse"]), int(inputs["group_size"])
+    reuse = int(inputs["noise_reuse"])
+    group = int(inputs["group_size"]) or None  # 0: all are one group
     sigma, lr = float(inputs["sigma"]), float(inputs["lr"])
     params = {name: jnp.asarray(inputs[name]) for name in ("S", "W", "bias")}
     scores = jnp.asarray(inputs["raw_scores"])

@@ -117,6 +117,8 @@ def _compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         }
         for name in ("head", "emb", "Wf0", "mlp0_1"):
             a, b = plus[f"noiseA.{name}"], plus[f"noiseB.{name}"]
+            if not bool(inputs["use_clt"]):
+                a, b = jnp.sign(a), jnp.sign(b)
             weighted = a * signs.astype(jnp.int32)[:, None, None]
             out[f"Z.{name}"] = jnp.einsum("pir,pjr->ij", weighted, b)
         found["unit.mm_noisy"] = found["unit.mm_noisy"][:4]

@@ -424,10 +424,12 @@ def _check(
         if value not in known:
             raise ValueError(f"{name}={value!r}: choose of {list(known)}")
     check_shaping(shaping)
-    odd = group_size is not None and (group_size < 2 or group_size % 2)
-    if odd:
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size={group_size}: members of a group, or None")
+    if shaping == "baseline" and group_size is not None and group_size % 2:
         raise ValueError(
-            f"group_size={group_size}: a group is of whole pairs, so even and positive"
+            f"group_size={group_size}: with shaping='baseline' a group begins with the "
+            "pair that has no noise, so take an even one"
         )
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from wlab.core import MatrixView, from_matrices
+from wlab.es._chunks import sum_in_chunks
 from wlab.es._leaves import Searched
 from wlab.es._noise import Noise, draw_factors, draw_noise
 from wlab.es._perturbed import outputs_first
@@ -151,7 +152,7 @@ def _low_rank(
         )(pairs)
         return _product(a, b, weights=weights, signs=signs)
 
-    return _in_chunks(some, pairs, weights, _AT_ONCE // (rank * (n_in + n_out)))
+    return sum_in_chunks(some, pairs, weights, _AT_ONCE // (rank * (n_in + n_out)))
 
 
 def _dense(
@@ -166,7 +167,7 @@ def _dense(
         noise = jax.vmap(one)(pairs)
         return jnp.tensordot(weights, noise.astype(jnp.float32), axes=1)
 
-    return _in_chunks(some, pairs, weights, _AT_ONCE // max(1, math.prod(shape)))
+    return sum_in_chunks(some, pairs, weights, _AT_ONCE // max(1, math.prod(shape)))
 
 
 def _product(
@@ -177,28 +178,6 @@ def _product(
         a, b = jnp.sign(a), jnp.sign(b)
     a = weights[:, None, None] * a.astype(jnp.float32)
     return jnp.einsum("pir,pjr->ij", a, b.astype(jnp.float32))
-
-
-def _in_chunks(
-    some: Callable[[jax.Array, jax.Array], jax.Array],
-    pairs: jax.Array,
-    weights: jax.Array,
-    at_once: int,
-) -> jax.Array:
-    """The sum over pairs, a limited number at a time."""
-    at_once = max(1, at_once)
-    n = pairs.shape[0]
-    if n <= at_once:
-        return some(pairs, weights)
-    # Equal parts; the last one is filled up with pairs of no weight.
-    parts = -(-n // at_once)
-    size = -(-n // parts)
-    extra = (0, parts * size - n)
-    cut = (jnp.pad(pairs, extra), jnp.pad(weights, extra))
-    cut = jax.tree.map(lambda x: x.reshape(parts, size), cut)
-    like = jax.eval_shape(some, *jax.tree.map(lambda x: x[0], cut))
-    zero = jnp.zeros(like.shape, like.dtype)
-    return jax.lax.scan(lambda sum_, part: (sum_ + some(*part), None), zero, cut)[0]
 
 
 def _as_leaf(x: jax.Array, leaf: Searched) -> jax.Array:

@@ -30,6 +30,7 @@ import numpy as np
 
 from wlab.core import Noisy, Strategy, leaves_with_paths, map_with_path, typed_key
 from wlab.core._tree import stacked_axes
+from wlab.es._chunks import sum_in_chunks
 from wlab.es._members import Keys, Place, as_member, fold_all, leaf_keys
 
 _BITS = 4  # of the noise's fraction
@@ -306,8 +307,7 @@ def _sums(
 ) -> jax.Array:
     """The sum over pairs of their noise times their sign, int32."""
 
-    def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        pairs, signs = part
+    def some(pairs: jax.Array, signs: jax.Array) -> jax.Array:
         made = jax.vmap(read)(pairs)
         if not isinstance(made, tuple):
             if not use_clt:
@@ -318,19 +318,7 @@ def _sums(
         a = a * signs[:, None, None]
         return _outer(a, b)
 
-    n = signs.shape[0]
-    at_once = max(1, _AT_ONCE // numbers)
-    if n <= at_once:
-        return some((pairs, signs))
-    parts = -(-n // at_once)
-    extra = (0, parts * -(-n // parts) - n)
-    cut = [jnp.pad(x, extra).reshape(parts, -1) for x in (pairs, signs)]
-    like = jax.eval_shape(lambda: some((cut[0][0], cut[1][0])))
-    zero = jnp.zeros(like.shape, like.dtype)
-    total, _ = jax.lax.scan(
-        lambda sum_, part: (sum_ + some(part), None), zero, (cut[0], cut[1])
-    )
-    return total
+    return sum_in_chunks(some, pairs, signs, _AT_ONCE // numbers)
 
 
 def _outer(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -12,7 +12,6 @@ from wlab.core import (
     Pattern,
     Select,
     describe,
-    is_weight,
     leaves_with_paths,
 )
 from wlab.core import select as selected
@@ -106,8 +105,3 @@ def searched(
 def by_path(params: Any) -> dict[str, Any]:
     """The leaves by path; a structured weight is one."""
     return dict(leaves_with_paths(params))
-
-
-def stands_for(leaf: Any) -> Any:
-    """The dense array of a leaf."""
-    return leaf.materialise() if is_weight(leaf) else leaf

@@ -30,6 +30,13 @@ gc.set_threshold(200_000, 20, 100)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Tests compile more than they compute: the code that LLVM makes need not be good.
+    # XLA reads this when its first device is asked for; child processes inherit it.
+    if config.option.markexpr != "slow":
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)

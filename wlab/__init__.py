@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wlab import es as es
     from wlab import models as models
     from wlab import optim as optim
+    from wlab import peft as peft
     from wlab import probe as probe
     from wlab import quant as quant
     from wlab import train as train
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from wlab.core import materialise as materialise
     from wlab.quant import Quantized as Quantized
 
-_ROOMS = ("core", "data", "es", "models", "optim", "probe", "quant", "train")
+_ROOMS = ("core", "data", "es", "models", "optim", "peft", "probe", "quant", "train")
 _NAMES = {
     "LowRank": "wlab.core",
     "MatrixView": "wlab.core",

@@ -4,7 +4,8 @@
 
 Each method has a module here of its slug's name (dashes as underscores) with
 
-- ``INPUTS``: the names of the arrays that a file gives;
+- ``INPUTS``: the names of the arrays that a file gives, and ``NUMBERED``, where there
+  are others as many as a file's sizes say: a pattern of their names;
 - ``compute(inputs) -> dict``: each output array by name, as `Expected` from the code
   under test.
 
@@ -13,6 +14,7 @@ Every other array of the file is an output and must be compared.
 
 import importlib
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -62,12 +64,17 @@ def compare(slug: str, arrays: Mapping[str, np.ndarray]) -> list[Row]:
     missing = [name for name in module.INPUTS if name not in arrays]
     if missing:
         raise ValueError(f"inputs missing from the file: {', '.join(missing)}")
-    inputs = {name: arrays[name] for name in module.INPUTS}
+    numbered = re.compile(getattr(module, "NUMBERED", r"(?!)"))
+    inputs = {
+        name: array
+        for name, array in arrays.items()
+        if name in module.INPUTS or numbered.fullmatch(name)
+    }
     computed = module.compute(inputs)
     return [
         _row(name, arrays[name], computed.get(name))
         for name in arrays
-        if name not in module.INPUTS
+        if name not in inputs
     ]
 
 

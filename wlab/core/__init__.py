@@ -21,6 +21,9 @@ from wlab.core._lift import lift as lift
 from wlab.core._lift import materialise as materialise
 from wlab.core._lowrank import LowRank as LowRank
 from wlab.core._noisy import Noisy as Noisy
+from wlab.core._operator import Operator as Operator
+from wlab.core._reparam import Adapter as Adapter
+from wlab.core._reparam import Reparam as Reparam
 from wlab.core._strategy import Strategy as Strategy
 from wlab.core._subset import Draw as Draw
 from wlab.core._subset import SubsetState as SubsetState

@@ -56,7 +56,7 @@ from wlab.core._tree import Pattern, Select, leaves_with_paths, map_with_path
 from wlab.core._view import MatrixView
 
 Cut = Callable[[Any], Sequence[Pool]]
-Reset = Literal["all", "new", "none"]
+Reset = Literal["all", "new", "none", "keep"]
 Slices = Literal["layers", "leaves"] | Side | Cut
 
 
@@ -121,7 +121,9 @@ def subset(
             correction too; "none": it goes on, slot by slot, whatever slice is there
             now; "new": slices drawn again go on and the others begin anew, each with
             its own step count. With "new" the inner transform is mapped over the
-            slices and sees one; with the others it sees all k along an axis.
+            slices and sees one; with the others it sees all k along an axis. "keep":
+            as "new", and each of the n slices has a state of its own, which waits
+            while the slice is not active: states of size n, work for k.
         outside: the update of what is not active, entry by entry from the gradient;
             None: zero.
         rest: the transform of the leaves that are in no slice, structured weights
@@ -171,12 +173,14 @@ def subset(
     )
 
     def inner_of(pools: Sequence[Pool]) -> optax.GradientTransformationExtraArgs:
-        return _each_slot(base, pools) if reset == "new" else base
+        return _each_slot(base, pools) if reset in ("new", "keep") else base
 
     def start(params: Any) -> Any:
         pools, leaves = cut(params), dict(leaves_with_paths(params))
         choice = {pool.paths[0]: pool.start(leaves) for pool in pools}
         active = _at(_take(pools, leaves, choice), params)
+        if reset == "keep":
+            active = _at(_take(pools, leaves, _everything(pools, choice)), params)
         return SubsetState(
             count=jnp.zeros([], jnp.int32),
             rounds=jnp.zeros([], jnp.int32),
@@ -216,7 +220,12 @@ def subset(
         active = tree_of(taken)
         held = None if params is None else tree_of(_take(pools, leaves, choice))
         tx, inner_state = inner_of(pools), state.inner
-        if reset != "none":
+        if reset == "keep":
+            waiting = _subtrees(active, inner_state)
+            inner_state = tree_of(
+                {p: _slots(x, choice[p]) for p, x in waiting.items()}
+            )
+        elif reset != "none":
             # By selection: a branch would copy the state in every step.
             begun = tx.init(active if held is None else held)
             if reset == "all":
@@ -228,6 +237,14 @@ def subset(
                     {p: _where(fresh[p], begun[p], kept[p]) for p in begun}
                 )
         active, inner_state = tx.update(active, inner_state, held, **extra)
+        if reset == "keep":
+            moved_states = _subtrees(active, inner_state)
+            inner_state = tree_of(
+                {
+                    p: _into_slots(waiting[p], choice[p], x)
+                    for p, x in moved_states.items()
+                }
+            )
         slices = dict(leaves_with_paths(active))
 
         free = tree_of(_free(pools, grads))
@@ -388,8 +405,8 @@ def _check_arguments(k: Count, every: int | jax.Array, reset: str) -> None:
         raise ValueError(f"every={every} must be at least 1 step")
     if isinstance(k, int) and k < 0:
         raise ValueError(f"k={k} must not be negative")
-    if reset not in ("all", "new", "none"):
-        raise ValueError(f"reset {reset!r} is none of 'all', 'new', 'none'")
+    if reset not in ("all", "new", "none", "keep"):
+        raise ValueError(f"reset {reset!r} is none of 'all', 'new', 'none', 'keep'")
 
 
 def _checked_pools(
@@ -493,6 +510,43 @@ def _each_slot(
         return _at(moved, updates), _at(after, updates)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _everything(pools: Sequence[Pool], choice: Mapping[str, Any]) -> dict[str, Any]:
+    """The choice of all slices of each pool."""
+    out = {}
+    for pool in pools:
+        old = choice[pool.paths[0]]
+        if not _is_index(old):
+            raise ValueError(
+                f"reset='keep' goes with slices that are numbered, not with the entries "
+                f"of {pool.name!r}"
+            )
+        every = jnp.arange(pool.size, dtype=old.dtype)
+        out[pool.paths[0]] = jnp.broadcast_to(every, (*old.shape[:-1], pool.size))
+    return out
+
+
+def _slots(states: Any, choice: jax.Array) -> Any:
+    """The chosen slices' states, of all slices'."""
+
+    def take(x: jax.Array, i: jax.Array) -> jax.Array:
+        return x[i]
+
+    for _ in range(choice.ndim - 1):
+        take = jax.vmap(take)
+    return jax.tree.map(lambda x: take(x, choice), states)
+
+
+def _into_slots(states: Any, choice: jax.Array, new: Any) -> Any:
+    """All slices' states, with those of the chosen ones replaced."""
+
+    def put(x: jax.Array, i: jax.Array, y: jax.Array) -> jax.Array:
+        return x.at[i].set(y)
+
+    for _ in range(choice.ndim - 1):
+        put = jax.vmap(put)
+    return jax.tree.map(lambda x, y: put(x, choice, y), states, new)
 
 
 def _where(fresh: jax.Array, new: Any, old: Any) -> Any:

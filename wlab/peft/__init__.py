@@ -1,0 +1,44 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter-efficient fine-tuning: adapters as reparameterisations of any model."""
+
+from wlab.core._reparam import Adapter as Adapter
+from wlab.core._reparam import Reparam as Reparam
+from wlab.peft._bone import bone as bone
+from wlab.peft._full import full as full
+from wlab.peft._hut import hut as hut
+from wlab.peft._ist import Importance as Importance
+from wlab.peft._ist import ist as ist
+from wlab.peft._ist import ist_init as ist_init
+from wlab.peft._ist import ist_probe as ist_probe
+from wlab.peft._ist import ist_sample as ist_sample
+from wlab.peft._ist import ist_update as ist_update
+from wlab.peft._lora import lora as lora
+from wlab.peft._lora import lora_plus as lora_plus
+from wlab.peft._merge import Requantized as Requantized
+from wlab.peft._merge import join as join
+from wlab.peft._merge import labels as labels
+from wlab.peft._merge import load as load
+from wlab.peft._merge import merge as merge
+from wlab.peft._merge import save as save
+from wlab.peft._merge import shardings as shardings
+from wlab.peft._merge import unmerge as unmerge
+from wlab.peft._randlora import randlora as randlora
+from wlab.peft._s2ft import Coupling as Coupling
+from wlab.peft._s2ft import Units as Units
+from wlab.peft._s2ft import choose_units as choose_units
+from wlab.peft._s2ft import co_order as co_order
+from wlab.peft._s2ft import couplings as couplings
+from wlab.peft._s2ft import permute as permute
+from wlab.peft._s2ft import s2ft as s2ft
+from wlab.peft._s2ft import unit_scores as unit_scores
+from wlab.peft._snella import AllocatorState as AllocatorState
+from wlab.peft._snella import Budget as Budget
+from wlab.peft._snella import allocate as allocate
+from wlab.peft._snella import allocator_init as allocator_init
+from wlab.peft._snella import budget as budget
+from wlab.peft._snella import importance as importance
+from wlab.peft._snella import snella as snella
+from wlab.peft._snella import with_thresholds as with_thresholds
+from wlab.peft._tera import tera as tera
+from wlab.peft._wara import wara as wara

@@ -103,8 +103,12 @@ class Operator(Weight):
         """The dense array, summed in float32 and rounded once."""
         shape = tuple(self.base.shape)
         stack, n_in, n_out = self._sizes()
-        base = self.base.materialise() if isinstance(self.base, Weight) else self.base
-        acc = _accumulator(base.dtype, *self._dtypes())
+        acc = _accumulator(self.base.dtype, *self._dtypes())
+        base = self.base
+        if isinstance(base, Weight):
+            # Wide before it is made dense, or it would be rounded twice.
+            wide = base.convert_element_type(acc)
+            base = base.materialise() if wide is NotImplemented else wide.materialise()
         dense = base.astype(acc)
         if self.action is not None:
             action, shared = self.action, self.shared

@@ -172,7 +172,7 @@ class RandomSum:
         small, large = sorted((n_in, self.n_out))
         lam, gamma = train["lam"], train["gamma"]  # (r, n), (n, d)
         rank, n = lam.shape
-        a = lam[:, :, None] * bases["a"][:, None, :small] * gamma  # (r, n, d)
+        a = lam[:, :, None] * bases["a"][:, None, :small] * gamma[None]  # (r, n, d)
         b = bases["b"][:large, :n]  # (D, n, r)
         if self.pairing == "paper":
             a = a.swapaxes(0, 1)

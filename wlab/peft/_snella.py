@@ -182,7 +182,7 @@ def distances(p: jax.Array, q: jax.Array, norm: float = 2.0) -> jax.Array:
     """
 
     def term(k: Any) -> jax.Array:
-        difference = p[:, k, None] - q[:, k]
+        difference = p[:, k, None] - q[None, :, k]
         # Equal numbers have no slope where the power is below two.
         size = jnp.abs(difference)
         return difference**2 if norm == 2 else size**norm

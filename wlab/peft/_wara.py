@@ -292,7 +292,7 @@ def idwt(low: jax.Array, high: jax.Array, wavelet: Wavelet = "haar") -> jax.Arra
     for band, taps in zip((low, high), filters, strict=True):
         for j in range(len(taps) // 2):
             tap = jnp.asarray(taps[2 * j : 2 * j + 2], band.dtype)
-            pairs = pairs + jnp.roll(band[..., None] * tap, j, -2)
+            pairs = pairs + jnp.roll(jnp.tensordot(band, tap, 0), j, -2)
     return pairs.reshape(*pairs.shape[:-2], -1)
 
 

@@ -34,6 +34,7 @@ KINDS: dict[Kind, str] = {
 """What a method of each kind changes."""
 
 RECIPES: dict[str, str] = {
+    "bone": "wlab.recipes.bone",
     "classp": "wlab.recipes.classp",
     "countdown": "wlab.recipes.countdown",
     "drop-muon": "wlab.recipes.drop_muon",
@@ -43,10 +44,19 @@ RECIPES: dict[str, str] = {
     "eggroll": "wlab.recipes.eggroll",
     "es-rl": "wlab.recipes.es_rl",
     "frugal": "wlab.recipes.frugal",
+    "hut": "wlab.recipes.hut",
+    "ist": "wlab.recipes.ist",
     "lisa": "wlab.recipes.lisa",
+    "lora": "wlab.recipes.lora",
     "mup-wd": "wlab.recipes.mup_wd",
     "optimizers": "wlab.recipes.optimizers",
+    "peft": "wlab.recipes.peft",
+    "randlora": "wlab.recipes.randlora",
+    "s2ft": "wlab.recipes.s2ft",
+    "snella": "wlab.recipes.snella",
     "synapse": "wlab.recipes.synapse",
+    "tera": "wlab.recipes.tera",
+    "wara": "wlab.recipes.wara",
 }
 """The module of each recipe that ``wlab run`` knows."""
 
@@ -118,6 +128,9 @@ _METHODS = (
             "them (Bone) or multiplied with them as well (Bat)."
         ),
         state="r numbers an output column and their Adam moments, 12 bytes each",
+        module="wlab.peft",
+        recipes=("bone", "peft"),
+        ready=True,
     ),
     Method(
         slug="ciwgan-fc",
@@ -313,6 +326,9 @@ _METHODS = (
             "scales and shifts the output features."
         ),
         state="r (in + out) + 2 out numbers a matrix and their moments",
+        module="wlab.peft",
+        recipes=("hut", "peft"),
+        ready=True,
     ),
     Method(
         slug="hy-wu",
@@ -346,6 +362,9 @@ _METHODS = (
             "suppressed and trains only a sampled quarter at each step."
         ),
         state="one number a layer and a key",
+        module="wlab.peft",
+        recipes=("ist", "peft"),
+        ready=True,
     ),
     Method(
         slug="know",
@@ -562,6 +581,9 @@ _METHODS = (
             "scales, into an update of full rank."
         ),
         state="n (r + d) trained numbers a matrix; random bases that all layers share",
+        module="wlab.peft",
+        recipes=("randlora", "peft"),
+        ready=True,
     ),
     Method(
         slug="rd-prune",
@@ -636,6 +658,9 @@ _METHODS = (
             "as dense slices of full rank."
         ),
         state="the slices and their moments, 12 bytes a selected weight",
+        module="wlab.peft",
+        recipes=("s2ft", "peft"),
+        ready=True,
     ),
     Method(
         slug="shiftaddllm",
@@ -666,6 +691,9 @@ _METHODS = (
             "and lets its entries, and then the layers, compete to stay."
         ),
         state="q (in + out) numbers a matrix and their moments; the mask is not kept",
+        module="wlab.peft",
+        recipes=("snella", "peft"),
+        ready=True,
     ),
     Method(
         slug="sws-learngene",
@@ -720,6 +748,9 @@ _METHODS = (
             "factors, of which only the vectors on the bonds are trained."
         ),
         state="40 to 500 trained numbers a layer; a frozen core for each shape",
+        module="wlab.peft",
+        recipes=("tera", "peft"),
+        ready=True,
     ),
     Method(
         slug="vcl-binary",
@@ -764,6 +795,9 @@ _METHODS = (
             "twice the rank at the same number of parameters."
         ),
         state="r (in + out) / 2 numbers a matrix and their moments",
+        module="wlab.peft",
+        recipes=("wara", "peft"),
+        ready=True,
     ),
     Method(
         slug="weight-compander",

@@ -35,7 +35,9 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         x, g, bias = (jnp.asarray(inputs[f"{tag}_{n}"]) for n in ("x", "g", "bias"))
         start = method.init(0, base)
 
-        def attached(d: Any, method: Any = method, start: Any = start, base: Any = base):
+        def attached(
+            d: Any, method: Any = method, start: Any = start, base: Any = base
+        ):
             return method.attach(start._replace(train={KERNEL: {"d": d}}), base)
 
         def layer(d: Any, attached: Any = attached, x: Any = x, bias: Any = bias):

@@ -30,7 +30,8 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     out: dict[str, Computed] = {}
     for tag in LAYERS:
         w, lam, gamma, x, g = (
-            jnp.asarray(inputs[f"{tag}_{n}"]) for n in ("W", "lambda", "gamma", "x", "g")
+            jnp.asarray(inputs[f"{tag}_{n}"])
+            for n in ("W", "lambda", "gamma", "x", "g")
         )
         base = {"dense": {"kernel": w.T}}
 

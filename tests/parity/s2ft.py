@@ -39,9 +39,7 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         "mlp": {name: {"kernel": kernels[name]} for name in ("gate", "up", "down")},
     }
     selected = {n: [int(i) for i in inputs[f"sel_{n}"]] for n in ("v", "o", "u", "d")}
-    order_v, of_v, of_o = co_order(
-        selected["v"], selected["o"], heads, ascending=True
-    )
+    order_v, of_v, of_o = co_order(selected["v"], selected["o"], heads, ascending=True)
     order_ff, of_up, of_down = co_order(
         selected["u"], selected["d"], ff, ascending=False
     )
@@ -55,7 +53,10 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         "range_up": Computed(np.asarray(of_up), 0.0),
         "range_down": Computed(np.asarray(of_down), 0.0),
     }
-    for part, names in (("attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down"))):
+    for part, names in (
+        ("attn", ("q", "k", "v", "o")),
+        ("mlp", ("gate", "up", "down")),
+    ):
         for name in names:
             kernel = moved[part][name]["kernel"]
             flat = kernel.reshape(-1, width) if name == "o" else kernel
@@ -88,9 +89,7 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         return lift(block)(method.attach(start._replace(train=train), params), x)
 
     grads = jax.grad(lambda t: jnp.sum(sum(both(t)) * g))(train)
-    for name, y0, y in zip(
-        ("attn", "ffn"), block(params, x), both(train), strict=True
-    ):
+    for name, y0, y in zip(("attn", "ffn"), block(params, x), both(train), strict=True):
         out[f"{name}_y0"] = Computed(y0, 1e-9)
         out[f"{name}_y"] = Computed(y, 1e-9)
     for part, name in (("attn", "v"), ("attn", "o"), ("mlp", "up"), ("mlp", "down")):

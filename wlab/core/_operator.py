@@ -24,11 +24,11 @@ from wlab.core._view import MatrixView, from_matrices
 class Action(Protocol):
     """How a map acts on vectors; hashable, since it is part of a tree's structure."""
 
-    def __call__(self, parts: Any, shared: Any, x: jax.Array) -> jax.Array:
+    def __call__(self, parts: Any, shared: Any, x: jax.Array, /) -> jax.Array:
         """The map of `x` [..., n_in], linear in it: [..., n_out]."""
         ...
 
-    def dense(self, parts: Any, shared: Any, n_in: int, n_out: int) -> jax.Array:
+    def dense(self, parts: Any, shared: Any, n_in: int, n_out: int, /) -> jax.Array:
         """The matrix of the map, [n_in, n_out]."""
         ...
 
@@ -79,7 +79,7 @@ class Operator(Weight):
         self._view = view
 
     def _with(self, **changes: Any) -> "Operator":
-        fields = {
+        fields: dict[str, Any] = {
             "base": self.base,
             "action": self.action,
             "parts": self.parts,
@@ -118,7 +118,9 @@ class Operator(Weight):
 
             delta = _over_stack(one, len(stack))(self.parts).astype(acc)
             scale = self.scale.astype(acc)
-            delta = delta * scale.reshape(*scale.shape, *(1,) * (delta.ndim - scale.ndim))
+            delta = delta * scale.reshape(
+                *scale.shape, *(1,) * (delta.ndim - scale.ndim)
+            )
             dense = dense + from_matrices(delta, self._view, shape)
         if self.gain is not None:
             dense = dense * self._aligned_gain(len(shape)).astype(acc)
@@ -179,13 +181,11 @@ class Operator(Weight):
 
         # The other operand as batch + free + taken, the latter in the view's order.
         of_batch = dict(zip(batch[mine], batch[its], strict=True))
-        free = [
-            i for i in range(other.ndim) if i not in (*batch[its], *contract[its])
-        ]
+        free = [i for i in range(other.ndim) if i not in (*batch[its], *contract[its])]
         order = [*(of_batch[i] for i in stack), *free, *(pairs[i] for i in taken)]
         # Where the axes of a result so ordered go: batch as asked, then the two sides.
         made_free = [i for i in range(n) if i in made]
-        b, f, m = len(stack), len(free), len(made)
+        b, f = len(stack), len(free)
         here = {i: b + f + k for k, i in enumerate(made)}
         own = [here[i] for i in made_free]
         theirs = list(range(b, b + f))
@@ -210,9 +210,7 @@ class Operator(Weight):
             shape = [1] * x.ndim
             for i, j in zip((*stack, *outs), (*axes, *at), strict=True):
                 shape[j] = self.base.shape[i]
-            order = [
-                k for _, k in sorted((j, k) for k, j in enumerate((*axes, *at)))
-            ]
+            order = [k for _, k in sorted((j, k) for k, j in enumerate((*axes, *at)))]
             g = gain.reshape([self.base.shape[i] for i in (*stack, *outs)])
             return x * g.transpose(order).reshape(shape).astype(acc)
 

@@ -5,8 +5,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 
 class Adapter(NamedTuple):
     """What a reparameterisation adds to a model.
@@ -18,7 +16,7 @@ class Adapter(NamedTuple):
 
     train: Any  # {path: arrays}, float32
     frozen: Any  # {path: arrays}: bases, indices, what the start took from the base
-    key: jax.Array  # typed key that `init` was given
+    key: Any  # typed key that `init` was given
 
 
 class Reparam(NamedTuple):

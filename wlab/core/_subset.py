@@ -220,11 +220,10 @@ def subset(
         active = tree_of(taken)
         held = None if params is None else tree_of(_take(pools, leaves, choice))
         tx, inner_state = inner_of(pools), state.inner
+        waiting: dict[str, Any] = {}
         if reset == "keep":
             waiting = _subtrees(active, inner_state)
-            inner_state = tree_of(
-                {p: _slots(x, choice[p]) for p, x in waiting.items()}
-            )
+            inner_state = tree_of({p: _slots(x, choice[p]) for p, x in waiting.items()})
         elif reset != "none":
             # By selection: a branch would copy the state in every step.
             begun = tx.init(active if held is None else held)
@@ -519,8 +518,8 @@ def _everything(pools: Sequence[Pool], choice: Mapping[str, Any]) -> dict[str, A
         old = choice[pool.paths[0]]
         if not _is_index(old):
             raise ValueError(
-                f"reset='keep' goes with slices that are numbered, not with the entries "
-                f"of {pool.name!r}"
+                "reset='keep' goes with slices that are numbered, not with the "
+                f"entries of {pool.name!r}"
             )
         every = jnp.arange(pool.size, dtype=old.dtype)
         out[pool.paths[0]] = jnp.broadcast_to(every, (*old.shape[:-1], pool.size))

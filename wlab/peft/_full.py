@@ -1,6 +1,6 @@
 # Copyright 2026 The wlab Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Leaves that are trained whole, beside adapters: head, norms, biases (reparameterisation)."""
+"""Leaves that are trained whole, beside adapters (reparameterisation)."""
 
 from typing import Any
 

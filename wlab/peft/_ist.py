@@ -5,8 +5,8 @@ r"""IST: the layers whose adapters matter most are trained most often (transform
 Each layer has an importance :math:`I`. In every step the adapters of k layers are
 trained, drawn without replacement with weights :math:`\sigma(I)`. Every few steps
 importance learns from trials: in trial j the adapters of a set :math:`S_j` of layers,
-drawn with weights :math:`\sigma(-I)`, are held down, and the loss :math:`l_j` of a small
-batch moves
+drawn with weights :math:`\sigma(-I)`, are held down, and the loss :math:`l_j` of a
+small batch moves
 
 .. math::
 
@@ -23,7 +23,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

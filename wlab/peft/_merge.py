@@ -44,8 +44,8 @@ def join(*methods: Reparam) -> Reparam:
         >>> from wlab import peft
         >>> params = {n: {"kernel": jnp.ones((4, 4))} for n in ("q", "up")}
         >>> method = join(peft.lora(2, select="q*"), peft.bone(2, select="up*"))
-        >>> jax.tree.map(jnp.shape, method.init(0, params).train)
-        {'0': {'q/kernel': {'a': (4, 2), 'b': (4, 2)}}, '1': {'up/kernel': {'d': (2, 4)}}}
+        >>> jax.tree.map(jnp.shape, method.init(0, params).train)["1"]
+        {'up/kernel': {'d': (2, 4)}}
     """
     names = [str(i) for i in range(len(methods))]
 
@@ -193,7 +193,7 @@ def merge(
 
 
 def unmerge(method: Reparam, adapter: Adapter, params: Any) -> Any:
-    """The base from merged parameters, where a method adds what the base does not change.
+    """The base from merged parameters, if what was added does not depend on it.
 
     Args:
         method: which made the adapter.
@@ -350,5 +350,3 @@ def _changed(adapter: Adapter) -> set[str]:
 def _beside(adapter: Adapter, leaves: Mapping[str, Any]) -> set[str]:
     beside = {path.rpartition("/")[0] + "/bias" for path in _changed(adapter)}
     return {path.lstrip("/") for path in beside} & set(leaves)
-
-

@@ -6,7 +6,8 @@ With :math:`d` the smaller side of a weight and :math:`n = \lceil d / r \rceil`,
 
 .. math::
 
-    \Delta = s \sum_{j=1}^{n} B_j\, \mathrm{diag}(\lambda_j)\, A\, \mathrm{diag}(\gamma_j)
+    \Delta = s \sum_{j=1}^{n}
+        B_j\, \mathrm{diag}(\lambda_j)\, A\, \mathrm{diag}(\gamma_j)
 
 in which the random bases :math:`A` and :math:`B_j` are frozen and shared by all layers,
 and :math:`\lambda_j` (r numbers, zero at the start) and :math:`\gamma_j` (d numbers)
@@ -92,7 +93,9 @@ def randlora(
             )
 
     def shared(key: jax.Array, targets: list[Target]) -> Any:
-        outs, ins = (max(getattr(t, side) for t in targets) for side in ("n_out", "n_in"))
+        outs, ins = (
+            max(getattr(t, side) for t in targets) for side in ("n_out", "n_in")
+        )
         return draw_bases(key, rank, outs, ins, bases)
 
     def init(given: Init) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -165,9 +168,7 @@ class RandomSum:
         delta = jnp.matmul(b, a, precision="highest")
         return delta if n_out < n_in else delta.T
 
-    def factors(
-        self, train: Any, bases: Any, n_in: int
-    ) -> tuple[jax.Array, jax.Array]:
+    def factors(self, train: Any, bases: Any, n_in: int) -> tuple[jax.Array, jax.Array]:
         """The scaled small factor (n r, d) and the large one (D, n r)."""
         small, large = sorted((n_in, self.n_out))
         lam, gamma = train["lam"], train["gamma"]  # (r, n), (n, d)

@@ -9,9 +9,9 @@ chosen, or some output units, and a dense change of these rows or columns is tra
 
     y = x K + x_I\,\Delta \qquad\text{or}\qquad y = x K, \; y_I \mathrel{+}= x\,\Delta
 
-so that the backward pass needs :math:`x_I`, or the gradient of :math:`y_I`, alone. Heads
-couple query, key, value and output kernels, channels the gated layer's three; `permute`
-brings chosen units to the front of all of them, where they are slices.
+so that the backward pass needs :math:`x_I`, or the gradient of :math:`y_I`, alone.
+Heads couple query, key, value and output kernels, channels the gated layer's three;
+`permute` brings chosen units to the front of all of them, where they are slices.
 
 References:
     Yang, Leng, Guo, Zhao, Nakada, Zhang, Yao and Chen, `S2FT: Efficient, Scalable and
@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from wlab.core import (
     MatrixView,
@@ -54,7 +55,7 @@ _READERS = re.compile(
 
 
 class Units(eqx.Module):
-    """Which units of a leaf are trained; a unit is an index of the side's first axis."""
+    """Which units of a leaf are trained: indices of the first axis of a side."""
 
     index: jax.Array  # int32, stack + (n,); -1 stands for none
     side: Side = eqx.field(static=True, default="in")
@@ -121,7 +122,8 @@ def s2ft(
         known: dict[str, Side] = {p: u.side for p, u in (units or {}).items()}
         if columns is not None:
             marked = leaves_with_paths(selected(params, columns))
-            known |= {path: "out" for path, taken in marked if taken and units is None}
+            if units is None:
+                known |= dict.fromkeys((path for path, taken in marked if taken), "out")
         return known
 
     def _method(side_of: Mapping[str, Side]) -> Method:
@@ -222,9 +224,7 @@ def _added(x: jax.Array, index: jax.Array, change: jax.Array) -> jax.Array:
     return x.at[jnp.where(index >= 0, index, x.shape[0])].add(change, mode="drop")
 
 
-def _random(
-    key: jax.Array, stack: tuple[int, ...], total: int, n: int
-) -> jax.Array:
+def _random(key: jax.Array, stack: tuple[int, ...], total: int, n: int) -> jax.Array:
     lot = jax.random.uniform(key, (*stack, total))
     return jnp.sort(jax.lax.top_k(lot, n)[1]).astype(jnp.int32)
 
@@ -237,8 +237,8 @@ def _checked(units: Units, target: Target) -> jax.Array:
             f"s2ft: units of shape {index.shape} for {target}: give stack + (n,), here "
             f"{target.stack} + (n,) with n at most {total}"
         )
-    if not isinstance(index, jax.core.Tracer) and index.size:
-        rows = jnp.sort(index.reshape(-1, index.shape[-1]))
+    if not isinstance(units.index, jax.core.Tracer) and index.size:
+        rows = np.sort(np.asarray(units.index).reshape(-1, index.shape[-1]))
         twice = (rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0)
         if rows[:, 0].min() < -1 or rows[:, -1].max() >= total or twice.any():
             raise ValueError(
@@ -269,8 +269,8 @@ def couplings(params: Any) -> dict[str, Coupling]:
 
     Examples:
         >>> params = {"mlp": {n: {"kernel": jnp.ones((4, 4))} for n in ("up", "down")}}
-        >>> couplings(params)
-        {'mlp#channels': Coupling(columns=('mlp/up/kernel',), rows=('mlp/down/kernel',))}
+        >>> couplings(params)["mlp#channels"].rows
+        ('mlp/down/kernel',)
     """
     found: dict[str, tuple[list[str], list[str]]] = {}
     for path, _ in leaves_with_paths(params):
@@ -336,6 +336,8 @@ def unit_scores(
         raise ValueError("unit_scores: score='activation' needs activations=")
     if score == "random" and key is None:
         raise ValueError("unit_scores: score='random' needs key=")
+    draw = typed_key(0 if key is None else key)
+    means = activations or {}
 
     def named(path: str, leaf: Any) -> bool:
         return path in side
@@ -356,10 +358,10 @@ def unit_scores(
             return x.sum(-1)
 
         if score == "random":
-            folded = fold_path(typed_key(key), t.path)
+            folded = fold_path(draw, t.path)
             out[t.path] = jax.random.uniform(folded, (*t.stack, first))
         elif score == "activation":
-            out[t.path] = jnp.asarray(activations[t.path], jnp.float32)
+            out[t.path] = jnp.asarray(means[t.path], jnp.float32)
         else:
             w = matrices(leaves[t.path], t)
             if score == "weight":
@@ -526,7 +528,7 @@ def permute(
 
 
 def _moved(x: Any, units: jax.Array, axis: int, target: Target) -> jax.Array:
-    """`x` with groups of its axis in another order; the axis may be finer than units."""
+    """`x` with the units of an axis in another order; a unit may be several indices."""
     if is_weight(x):
         raise TypeError(
             f"permute: {target} is a structured weight; permute the dense model first"
@@ -538,7 +540,8 @@ def _moved(x: Any, units: jax.Array, axis: int, target: Target) -> jax.Array:
             f"axis has {size}: give stack + (units,) with units that divide it"
         )
     each = size // n
-    fine = (units[..., None] * each + jnp.arange(each)).reshape(*units.shape[:-1], size)
+    inside = jnp.arange(each).reshape(*(1,) * units.ndim, each)
+    fine = (units[..., None] * each + inside).reshape(*units.shape[:-1], size)
     stacked = units.ndim - 1
     fine = fine.reshape(*fine.shape[:stacked], *(1,) * (axis - stacked), size)
     fine = fine.reshape(*fine.shape, *(1,) * (x.ndim - axis - 1))
@@ -548,5 +551,3 @@ def _moved(x: Any, units: jax.Array, axis: int, target: Target) -> jax.Array:
 def n_trained(units: Mapping[str, Units]) -> int:
     """How many units are trained in all; padding does not count."""
     return sum(int((u.index >= 0).sum()) for u in units.values())
-
-

@@ -1,6 +1,6 @@
 # Copyright 2026 The wlab Authors.
 # SPDX-License-Identifier: Apache-2.0
-r"""SNELLA: a sparse change from a nonlinear kernel of low-rank factors (reparameterisation).
+r"""SNELLA: a sparse change from a kernel of low-rank factors (reparameterisation).
 
 Two factors per layer, :math:`P_h` (in, q/2) and :math:`Q_h` (out, q/2) with h of 1, 2,
 give a dense change of high rank,
@@ -98,7 +98,7 @@ def snella(
 
     def init(given: Init) -> tuple[dict[str, Any], dict[str, Any]]:
         t = given.target
-        train = {}
+        train: dict[str, Any] = {}
         for name, n, key in zip(
             "pq", (t.n_in, t.n_out), jax.random.split(given.key), strict=True
         ):
@@ -111,7 +111,7 @@ def snella(
                 "gamma": jnp.ones(t.stack),
                 "beta": jnp.zeros(t.stack),
             }
-        frozen: dict[str, Any] = {"threshold": jnp.full(t.stack, threshold)}
+        frozen: dict[str, Any] = {"threshold": jnp.full(t.stack, threshold, float)}
         if zero_start:
             # Copies: what is trained is donated.
             frozen["start"] = {"p": jnp.copy(train["p"]), "q": jnp.copy(train["q"])}
@@ -293,10 +293,8 @@ def importance(
         mean,
     )
     scores = {
-        path: sum(
-            jnp.mean(part[name] * spread[path][name], axis=(-3, -2, -1))
-            for name in ("p", "q")
-        )
+        path: _score(part["p"], spread[path]["p"])
+        + _score(part["q"], spread[path]["q"])
         for path, part in mean.items()
     }
     return AllocatorState(mean, spread, state.count + 1), scores
@@ -425,7 +423,9 @@ def with_thresholds(adapter: Adapter, thresholds: Mapping[str, Any]) -> Adapter:
     return adapter._replace(frozen=frozen)
 
 
+def _score(mean: jax.Array, spread: jax.Array) -> jax.Array:
+    return jnp.mean(mean * spread, axis=(-3, -2, -1))
+
+
 def _factors(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {path: {name: part[name] for name in "pq"} for path, part in tree.items()}
-
-

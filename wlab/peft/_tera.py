@@ -1,6 +1,6 @@
 # Copyright 2026 The wlab Authors.
 # SPDX-License-Identifier: Apache-2.0
-r"""TeRA: a random tensor network of which vectors alone are trained (reparameterisation).
+r"""TeRA: a random tensor network with trained vectors alone (reparameterisation).
 
 The change of a weight is folded to a tensor whose modes factor its outputs and inputs,
 and is a Tucker network: a random core :math:`G` and random factors :math:`A_k`, frozen
@@ -156,7 +156,7 @@ class Network:
         )
 
     def draw(self, key: jax.Array) -> dict[str, Any]:
-        """Core and factors, scaled so that unit inputs have unit outputs if d is one."""
+        """Core and factors that keep the variance of the inputs while d is one."""
         p = len(self.out_dims)
         core_key, *keys = jax.random.split(key, len(self.ranks) + 1)
         core = jax.random.normal(core_key, self.ranks)

@@ -23,7 +23,7 @@ jax.config.update(
         str(pathlib.Path(tempfile.gettempdir()) / "wlab-compilation-cache"),
     ),
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Tracing makes many objects that live; looking through them is a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
 # A shell's background ignores it, and so would all processes that a test starts.
@@ -34,7 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tests compile more than they compute: the code that LLVM makes need not be good.
     # XLA reads this when its first device is asked for; child processes inherit it.
     if config.option.markexpr != "slow":
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        os.environ.setdefault(
+            "XLA_FLAGS",
+            "--xla_backend_optimization_level=0 "
+            "--xla_cpu_parallel_codegen_split_count=1",
+        )
 
 
 @pytest.fixture

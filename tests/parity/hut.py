@@ -21,8 +21,8 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     base = {"dense": {"kernel": given["W"], "bias": given["bias"]}}
     rank = given["M_A"].shape[1]
     train = {
-        "a": given["M_A"],
-        "b": given["M_B"],
+        "mask_a": given["M_A"],
+        "mask_b": given["M_B"],
         "gamma": given["gamma"],
         "beta": given["beta"],
     }
@@ -44,8 +44,8 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         "y_direct": layer(train, "direct"),
         "W_merged": merged["kernel"],
         "bias_merged": merged["bias"],
-        "grad_M_A": grads["a"],
-        "grad_M_B": grads["b"],
+        "grad_M_A": grads["mask_a"],
+        "grad_M_B": grads["mask_b"],
         "grad_gamma": grads["gamma"],
         "grad_beta": grads["beta"],
     }

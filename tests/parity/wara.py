@@ -23,7 +23,7 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     rank = a.shape[0]
     base = {"dense": {"kernel": jnp.zeros((2 * a.shape[1], 2 * b.shape[0]), a.dtype)}}
     trained: dict[str, Any] = {
-        "shared": {"a": a.T, "b": b},
+        "shared": {"a_all1": a.T, "b_all1": b},
         "subband": {
             f"{name}_{band}1": jnp.asarray(x[i].T if name == "a" else x[i])
             for name, x in (("a", inputs["band_A"]), ("b", inputs["band_B"]))

@@ -303,12 +303,12 @@ def test_stacked_layers(name: str):
     np.testing.assert_allclose(got, x, rtol=2e-5, atol=5e-6)
 
 
-@cases
+# One of each way in which a target is put together.
+FORMS = ("lora", "dora", "bone", "tera", "randlora", "wara", "s2ft", "hut", "snella")
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_over_a_mesh(name: str, mesh: jax.sharding.Mesh):
-    if jax.sharding.AxisType.Explicit in mesh.axis_types:
-        names = ("lora", "dora", "bone", "tera", "wara", "s2ft", "hut")
-        if name not in names:
-            pytest.skip("the same rules as of those")
     method, adapter = CASES[name].method, moved(name)
     rules = [
         ("up/kernel", jax.P(None, "data")),
@@ -371,11 +371,8 @@ class Net(nnx.Module):
         return self.dense(self.attention(x))
 
 
-FLAX = {
-    name: case.method
-    for name, case in CASES.items()
-    if name not in ("join", "full", "bat", "bat-in", "mini", "rslora", "snell")
-} | {"bat": peft.bone(2, variant="bat")}
+FLAX = {name: CASES[name].method for name in (*FORMS, "pissa", "s2ft-columns")}
+FLAX["bat"] = peft.bone(2, variant="bat")
 
 
 @pytest.mark.parametrize("name", FLAX)

@@ -238,16 +238,17 @@ def test_wavelets_are_orthonormal(wavelet: Any):
 def test_wara_is_a_kronecker_product():
     method = peft.wara(2)
     train = drawn(method)
-    want = jnp.kron(train["a"] @ train["b"].T, jnp.eye(2))
+    a, b = train["a_all1"], train["b_all1"]
+    want = jnp.kron(a @ b.T, jnp.eye(2))
     np.testing.assert_allclose(change(method, train), want, atol=1e-5)
     assert rank(want) == 4
     # LL and HH alike and the others nothing: the shared form.
     bands = peft.wara(2, mode="subband", bands=("LL", "HH"))
-    same = {f"{n}_{b}1": train[n] for n in "ab" for b in ("LL", "HH")}
+    same = {f"{n}_{x}1": train[f"{n}_all1"] for n in "ab" for x in ("LL", "HH")}
     np.testing.assert_allclose(change(bands, same), want, atol=1e-5)
     coarse = peft.wara(2, mode="subband", bands=("LL",))
-    flat = jnp.kron(train["a"] @ train["b"].T, jnp.full((2, 2), 0.5))
-    only = {f"{n}_LL1": train[n] for n in "ab"}
+    flat = jnp.kron(a @ b.T, jnp.full((2, 2), 0.5))
+    only = {f"{n}_LL1": train[f"{n}_all1"] for n in "ab"}
     np.testing.assert_allclose(change(coarse, only), flat, atol=1e-5)
 
 

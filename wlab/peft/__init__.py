@@ -6,6 +6,9 @@ from wlab.core._reparam import Adapter as Adapter
 from wlab.core._reparam import Reparam as Reparam
 from wlab.peft._bone import bone as bone
 from wlab.peft._full import full as full
+from wlab.peft._hf import Loaded as Loaded
+from wlab.peft._hf import from_hf as from_hf
+from wlab.peft._hf import to_hf as to_hf
 from wlab.peft._hut import hut as hut
 from wlab.peft._ist import Importance as Importance
 from wlab.peft._ist import ist as ist

@@ -43,8 +43,8 @@ def hut(
 ) -> Reparam:
     """The Hadamard updated transformation; the model is unchanged at the start.
 
-    Trained for each matrix, float32: ``a`` (in, r), ``b`` (r, out) and, with `affine`,
-    ``gamma`` (out,) and, where the layer has a bias, ``beta`` (out,); with the stacked
+    Trained for each matrix, float32: ``mask_a`` (in, r), ``mask_b`` (r, out) and, with
+    `affine`, ``gamma`` (out,) and, where the layer has a bias, ``beta`` (out,); with the stacked
     axes in front. A layer without a bias has no beta, since there is no leaf that could
     hold it. A target becomes an array.
 
@@ -70,7 +70,7 @@ def hut(
         >>> params = {"dense": {"kernel": jnp.ones((6, 4)), "bias": jnp.zeros(4)}}
         >>> method = hut(rank=2)
         >>> sorted(method.init(jax.random.key(0), params).train["dense/kernel"])
-        ['a', 'b', 'beta', 'gamma']
+        ['beta', 'gamma', 'mask_a', 'mask_b']
     """
     if rank < 1:
         raise ValueError(f"hut: rank={rank} is not positive")
@@ -90,7 +90,7 @@ def hut(
         b = jnp.zeros((*t.stack, rank, t.n_out))
         if form == "direct":
             a, b = a.at[..., 0].set(1), b.at[..., 0, :].set(1)
-        train = {"a": a, "b": b}
+        train = {"mask_a": a, "mask_b": b}
         if affine:
             train["gamma"] = jnp.ones((*t.stack, t.n_out))
             if t.bias is not None:
@@ -100,7 +100,7 @@ def hut(
     def attach(given: Attach) -> Any:
         w = matrices(given.base, given.target)
         train = jax.tree.map(lambda x: x.astype(w.dtype), given.train)
-        mask = jnp.matmul(train["a"], train["b"], precision="highest")
+        mask = jnp.matmul(train["mask_a"], train["mask_b"], precision="highest")
         change = scaled(given, mask * scale if form == "residual" else mask - 1)
         new = w * (1 + change)
         if affine:
@@ -116,8 +116,8 @@ def hut(
         return (gamma * old + beta).astype(given.base.dtype)
 
     axes: dict[str, tuple[str | None, ...]] = {
-        "a": ("in", None),
-        "b": (None, "out"),
+        "mask_a": ("in", None),
+        "mask_b": (None, "out"),
         "gamma": ("out",),
         "beta": ("out",),
     }

@@ -123,7 +123,7 @@ def s2ft(
         if columns is not None:
             marked = leaves_with_paths(selected(params, columns))
             if units is None:
-                known |= dict.fromkeys((path for path, taken in marked if taken), "out")
+                known = {path: "out" for path, taken in marked if taken}
         return known
 
     def _method(side_of: Mapping[str, Side]) -> Method:

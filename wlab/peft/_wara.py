@@ -57,8 +57,8 @@ def wara(
     becomes an `Operator` (for "tiny" a `LowRank`). Trained for each matrix, float32 and
     with the stacked axes in front:
 
-    - "shared": ``a`` (in / 2^levels, r) and ``b`` (out / 2^levels, r); with several
-      levels every band is halved again, so that the rank is 2^levels r;
+    - "shared": ``a_all1`` (in / 2, r) and ``b_all1`` (out / 2, r); the number is that of
+      the levels, with which sides shrink and the rank, 2^levels r, grows;
     - "subband": ``a_LL1``, ``b_LL1``, ... for each band and level; the first letter is
       the band along the outputs. LL is halved further, so that it stands at the last
       level alone;
@@ -86,7 +86,7 @@ def wara(
         >>> params = {"dense": {"kernel": jnp.ones((6, 4))}}
         >>> adapter = wara(rank=2).init(jax.random.key(0), params)
         >>> jax.tree.map(jnp.shape, adapter.train)
-        {'dense/kernel': {'a': (3, 2), 'b': (2, 2)}}
+        {'dense/kernel': {'a_all1': (3, 2), 'b_all1': (2, 2)}}
     """
     if rank < 1 or levels < 1:
         raise ValueError(f"wara: rank={rank} and levels={levels} must be positive")
@@ -177,7 +177,7 @@ def wara(
 
 
 def _names(band: str, level: int) -> tuple[str, str]:
-    return (f"a_{band}{level}", f"b_{band}{level}") if band else ("a", "b")
+    return f"a_{band or 'all'}{level}", f"b_{band or 'all'}{level}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,13 +190,15 @@ class Interleaved:
     def __call__(self, train: Any, shared: Any, x: jax.Array) -> jax.Array:
         """`x` [..., n_in] to [..., n_out]."""
         x = _pad(x, 2**self.levels).reshape(*x.shape[:-1], -1, 2**self.levels)
-        hidden = jnp.einsum("...ic,ir->...cr", x, train["a"])
-        y = jnp.einsum("...cr,or->...oc", hidden, train["b"])
+        a, b = (train[name] for name in _names("", self.levels))
+        hidden = jnp.einsum("...ic,ir->...cr", x, a)
+        y = jnp.einsum("...cr,or->...oc", hidden, b)
         return y.reshape(*y.shape[:-2], -1)[..., : self.n_out]
 
     def dense(self, train: Any, shared: Any, n_in: int, n_out: int) -> jax.Array:
         """The Kronecker product with a unit matrix."""
-        product = jnp.matmul(train["a"], train["b"].T, precision="highest")
+        a, b = (train[name] for name in _names("", self.levels))
+        product = jnp.matmul(a, b.T, precision="highest")
         eye = jnp.eye(2**self.levels, dtype=product.dtype)
         return jnp.kron(product, eye)[:n_in, :n_out]
 
@@ -218,7 +220,8 @@ class Wavelets:
             parts = [x]
             for _ in range(self.levels):
                 parts = [half for p in parts for half in dwt(p, self.wavelet)]
-            made = [(p @ train["a"]) @ train["b"].T for p in parts]
+            a, b = (train[name] for name in _names("", self.levels))
+            made = [(p @ a) @ b.T for p in parts]
             for _ in range(self.levels):
                 pairs = zip(made[::2], made[1::2], strict=True)
                 made = [idwt(low, high, self.wavelet) for low, high in pairs]

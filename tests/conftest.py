@@ -11,19 +11,17 @@ import tempfile
 # Before jax is imported: a mesh of eight devices on any machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# One compilation cache, for child processes as well.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(tempfile.gettempdir()) / "wlab-compilation-cache"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update(
-    "jax_compilation_cache_dir",
-    os.environ.get(
-        "JAX_COMPILATION_CACHE_DIR",
-        str(pathlib.Path(tempfile.gettempdir()) / "wlab-compilation-cache"),
-    ),
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Tracing makes many objects that live; looking through them is a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
 # A shell's background ignores it, and so would all processes that a test starts.

@@ -129,7 +129,7 @@ _METHODS = (
         ),
         state="r numbers an output column and their Adam moments, 12 bytes each",
         module="wlab.peft",
-        recipes=("bone", "peft"),
+        recipes=("bone",),
         ready=True,
     ),
     Method(
@@ -327,7 +327,7 @@ _METHODS = (
         ),
         state="r (in + out) + 2 out numbers a matrix and their moments",
         module="wlab.peft",
-        recipes=("hut", "peft"),
+        recipes=("hut",),
         ready=True,
     ),
     Method(
@@ -363,7 +363,7 @@ _METHODS = (
         ),
         state="one number a layer and a key",
         module="wlab.peft",
-        recipes=("ist", "peft"),
+        recipes=("ist",),
         ready=True,
     ),
     Method(
@@ -582,7 +582,7 @@ _METHODS = (
         ),
         state="n (r + d) trained numbers a matrix; random bases that all layers share",
         module="wlab.peft",
-        recipes=("randlora", "peft"),
+        recipes=("randlora",),
         ready=True,
     ),
     Method(
@@ -659,7 +659,7 @@ _METHODS = (
         ),
         state="the slices and their moments, 12 bytes a selected weight",
         module="wlab.peft",
-        recipes=("s2ft", "peft"),
+        recipes=("s2ft",),
         ready=True,
     ),
     Method(
@@ -692,7 +692,7 @@ _METHODS = (
         ),
         state="q (in + out) numbers a matrix and their moments; the mask is not kept",
         module="wlab.peft",
-        recipes=("snella", "peft"),
+        recipes=("snella",),
         ready=True,
     ),
     Method(
@@ -749,7 +749,7 @@ _METHODS = (
         ),
         state="40 to 500 trained numbers a layer; a frozen core for each shape",
         module="wlab.peft",
-        recipes=("tera", "peft"),
+        recipes=("tera",),
         ready=True,
     ),
     Method(
@@ -796,7 +796,7 @@ _METHODS = (
         ),
         state="r (in + out) / 2 numbers a matrix and their moments",
         module="wlab.peft",
-        recipes=("wara", "peft"),
+        recipes=("wara",),
         ready=True,
     ),
     Method(

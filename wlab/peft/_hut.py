@@ -44,9 +44,9 @@ def hut(
     """The Hadamard updated transformation; the model is unchanged at the start.
 
     Trained for each matrix, float32: ``mask_a`` (in, r), ``mask_b`` (r, out) and, with
-    `affine`, ``gamma`` (out,) and, where the layer has a bias, ``beta`` (out,); with the stacked
-    axes in front. A layer without a bias has no beta, since there is no leaf that could
-    hold it. A target becomes an array.
+    `affine`, ``gamma`` (out,) and, where the layer has a bias, ``beta`` (out,); with
+    the stacked axes in front. A layer without a bias has no beta, since there is no
+    leaf that could hold it. A target becomes an array.
 
     Args:
         rank: of the mask.

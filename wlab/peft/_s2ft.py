@@ -57,7 +57,7 @@ _READERS = re.compile(
 class Units(eqx.Module):
     """Which units of a leaf are trained: indices of the first axis of a side."""
 
-    index: jax.Array  # int32, stack + (n,); -1 stands for none
+    index: jax.Array | np.ndarray  # int32, stack + (n,); -1 stands for none
     side: Side = eqx.field(static=True, default="in")
 
 

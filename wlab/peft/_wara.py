@@ -57,8 +57,8 @@ def wara(
     becomes an `Operator` (for "tiny" a `LowRank`). Trained for each matrix, float32 and
     with the stacked axes in front:
 
-    - "shared": ``a_all1`` (in / 2, r) and ``b_all1`` (out / 2, r); the number is that of
-      the levels, with which sides shrink and the rank, 2^levels r, grows;
+    - "shared": ``a_all1`` (in / 2, r) and ``b_all1`` (out / 2, r); the number is that
+      of the levels, with which sides shrink and the rank, 2^levels r, grows;
     - "subband": ``a_LL1``, ``b_LL1``, ... for each band and level; the first letter is
       the band along the outputs. LL is halved further, so that it stands at the last
       level alone;

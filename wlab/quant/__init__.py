@@ -4,6 +4,10 @@
 
 from wlab.quant._activations import QuantizedInput as QuantizedInput
 from wlab.quant._activations import quantize_activations as quantize_activations
+from wlab.quant._calibrated import gptaq as gptaq
+from wlab.quant._calibrated import gptq as gptq
+from wlab.quant._calibrated import rescomp as rescomp
+from wlab.quant._calibrated import rtn as rtn
 from wlab.quant._grid import GRIDS as GRIDS
 from wlab.quant._grid import Grid as Grid
 from wlab.quant._grid import get_grid as get_grid

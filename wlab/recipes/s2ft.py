@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
+import numpy as np
 
 from wlab import peft
 from wlab.recipes import Arm, Finding, Report, Run
@@ -36,7 +36,7 @@ QUICK = dataclasses.replace(BRIEF, only=("16 of", "full"))
 
 def _channels(n: int) -> peft.Reparam:
     """Columns into, and rows out of, the first channels of the middle layer."""
-    chosen = jnp.arange(n)
+    chosen = np.arange(n)
     units = {
         "Dense_0/kernel": peft.Units(chosen, "out"),
         "Dense_1/kernel": peft.Units(chosen, "in"),

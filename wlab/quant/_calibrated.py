@@ -1,0 +1,242 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels rounded with what is known of their inputs: functions from arrays to weights.
+
+Each takes a kernel and statistics and returns a `Quantized`; `jax.vmap` runs them over
+stacked layers and experts. Outputs are independent of each other, so that a kernel may
+be divided over a mesh along them without communication.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wlab.core import MatrixView
+from wlab.quant._gptq import Mode, Solved, solve
+from wlab.quant._grid import get_grid
+from wlab.quant._quantized import EACH, WHOLE, Quantized
+from wlab.quant._uniform import Range, Uniform
+
+
+def rtn(
+    w: jax.Array,
+    *,
+    bits: int = 4,
+    group: int | None = 128,
+    symmetric: bool = False,
+    clip: bool = False,
+) -> Quantized:
+    """Round to nearest: the baseline that needs no calibration.
+
+    Args:
+        w: kernel [in, out].
+        bits: 2 to 8.
+        group: input channels that share a range; None: all of them.
+        symmetric: no zero point.
+        clip: a shorter range for each group, where its error is less.
+
+    Returns:
+        The packed kernel, with float32 ranges.
+
+    Raises:
+        ValueError: for bits that are none, or a kernel that is no matrix.
+        TypeError: for a kernel that holds no floats.
+
+    Examples:
+        >>> rtn(jnp.linspace(-1, 1, 8)[:, None], bits=2, group=None).shape
+        (8, 1)
+    """
+    wide, grid = _checked(w, bits, symmetric, clip)
+    n, m = w.shape
+    size = n if group is None else group
+    count = -(-n // size)
+    parts = jnp.pad(wide, [(0, count * size - n), (0, 0)]).reshape(count, size, m)
+    found = grid.fit(parts, axis=1)
+    each = jax.tree.map(lambda x: jnp.repeat(x, size, 0)[:n], found)
+    return _packed(w, grid, grid.codes(wide, each), found, group)
+
+
+def gptq(
+    w: jax.Array,
+    h: jax.Array,
+    *,
+    bits: int = 4,
+    group: int | None = 128,
+    symmetric: bool = False,
+    clip: bool = False,
+    act_order: bool = False,
+    static_groups: bool = False,
+    damping: float = 0.01,
+    block: int = 128,
+) -> Quantized:
+    """GPTQ: what rounding does to the outputs is made up for by the later channels.
+
+    Args:
+        w: kernel [in, out], in Flax's layout.
+        h: ``X^T X`` of the layer's inputs, [in, in], float32; a factor does not matter.
+        bits: 2 to 8.
+        group: input channels that share a range; None: all of them.
+        symmetric: no zero point.
+        clip: a shorter range for each group, where its error is less.
+        act_order: the most active channels first. With groups it needs
+            `static_groups`, since others would not lie side by side.
+        static_groups: fit all ranges before anything moves.
+        damping: added to the diagonal, over its mean; raised where it must be.
+        block: channels that are compensated one by one before the others are.
+
+    Returns:
+        The packed kernel, with float32 ranges.
+
+    Raises:
+        ValueError: for bits that are none, shapes that do not fit, group and block of
+            which neither divides the other, or groups by activity.
+        TypeError: for a kernel that holds no floats.
+
+    Examples:
+        >>> x = jax.random.normal(jax.random.key(0), (64, 8))
+        >>> w = jax.random.normal(jax.random.key(1), (8, 4))
+        >>> q = gptq(w, x.T @ x, bits=3, group=None)
+        >>> lost = jnp.linalg.norm(x @ (q.materialise() - w))
+        >>> bool(lost < 0.3 * jnp.linalg.norm(x @ w))
+        True
+    """
+    return gptaq(
+        w,
+        h,
+        None,
+        bits=bits,
+        group=group,
+        symmetric=symmetric,
+        clip=clip,
+        act_order=act_order,
+        static_groups=static_groups,
+        damping=damping,
+        block=block,
+    )
+
+
+def gptaq(
+    w: jax.Array,
+    h: jax.Array,
+    d: jax.Array | None,
+    *,
+    bits: int = 4,
+    group: int | None = 128,
+    symmetric: bool = False,
+    clip: bool = False,
+    act_order: bool = False,
+    static_groups: bool = False,
+    damping: float = 0.01,
+    block: int = 128,
+    alpha: float = 0.25,
+    alpha2: float = 0.0,
+    mode: Mode = "auto",
+) -> Quantized:
+    """GPTAQ: GPTQ that aims at the outputs of the original model.
+
+    Args:
+        w: as in `gptq`, and so are the others that are not named here.
+        h: of the inputs that the quantised model sees.
+        d: ``(X~ - X)^T X`` with the original model's inputs X~, [in, in].
+        bits: as in `gptq`.
+        group: as in `gptq`.
+        symmetric: as in `gptq`.
+        clip: as in `gptq`.
+        act_order: as in `gptq`.
+        static_groups: as in `gptq`.
+        damping: as in `gptq`.
+        block: as in `gptq`; it changes the result here.
+        alpha: strength of the correction.
+        alpha2: strength of ResComp's.
+        mode: what a block hands on; see `wlab.quant._gptq.solve`.
+
+    Returns:
+        As `gptq` does.
+
+    Raises:
+        ValueError: as `gptq` does.
+        TypeError: as `gptq` does.
+    """
+    if act_order and group is not None and not static_groups:
+        raise ValueError(
+            "groups of channels ordered by activity do not lie side by side: take "
+            "static_groups=True, or group=None"
+        )
+    wide, grid = _checked(w, bits, symmetric, clip)
+    h = h.astype(wide.dtype)
+    d = None if d is None else d.astype(wide.dtype)
+    found: Solved = solve(
+        wide,
+        h,
+        d,
+        grid=grid,
+        group=group,
+        block=min(block, _least_block(w.shape[0], group, block)),
+        damping=damping,
+        act_order=act_order,
+        static_groups=static_groups,
+        alpha=alpha,
+        alpha2=alpha2,
+        mode=mode,
+    )
+    return _packed(w, grid, found.codes, found.range, group)
+
+
+def rescomp(
+    w: jax.Array, h: jax.Array, d: jax.Array, *, alpha2: float = 0.25, **options: Any
+) -> Quantized:
+    """ResComp: GPTAQ that also feeds back how far compensation has moved a channel.
+
+    Args:
+        w: as in `gptaq`.
+        h: as in `gptaq`.
+        d: as in `gptaq`.
+        alpha2: strength of that feedback.
+        **options: as in `gptaq`.
+
+    Returns:
+        As `gptq` does.
+    """
+    return gptaq(w, h, d, alpha2=alpha2, **options)
+
+
+def _least_block(n: int, group: int | None, block: int) -> int:
+    """A small kernel needs no whole block; ranges still begin with one."""
+    if group is not None:
+        return block
+    return max(1, min(block, n))
+
+
+def _checked(
+    w: jax.Array, bits: int, symmetric: bool, clip: bool
+) -> tuple[jax.Array, Uniform]:
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(
+            f"a kernel of shape {w.shape} holds {w.dtype}: floats are rounded"
+        )
+    if w.ndim != 2:
+        raise ValueError(
+            f"a kernel of shape {w.shape} is no matrix [in, out]: reshape it, or map "
+            "over stacked ones with jax.vmap"
+        )
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits={bits}: kernels are stored at 2 to 8")
+    wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    return wide, Uniform(bits, symmetric, clip)
+
+
+def _packed(
+    w: jax.Array, grid: Uniform, codes: jax.Array, found: Range, group: int | None
+) -> Quantized:
+    stored = get_grid(f"{'int' if grid.symmetric else 'uint'}{grid.bits}")
+    return Quantized(
+        codes=stored.encode(codes),
+        scale=found.scale,
+        zero=None if grid.symmetric else found.zero,
+        grid=stored,
+        block=(WHOLE if group is None else group, EACH),
+        dense_dtype=np.dtype(w.dtype),
+        matrix_view=MatrixView.of(1, 1),
+    )

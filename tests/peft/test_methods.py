@@ -620,3 +620,13 @@ def test_labels_of_a_merged_tree():
     params = PARAMS | {"norm": {"scale": W[0]}}
     found = peft.labels(peft.lora(2), params)
     assert found == {"w": {"kernel": "train"}, "norm": {"scale": "frozen"}}
+
+
+def test_a_list_of_matrices():
+    """Whose paths are numbers, which are no parts of joined methods."""
+    params = [W, 2 * W]
+    method = peft.lora(2, select="*")
+    adapter = method.init(KEY, params)
+    moved = adapter._replace(train=jax.tree.map(lambda x: x + 1, adapter.train))
+    merged = peft.merge(method, moved, params)
+    assert all((a != b).all() for a, b in zip(merged, params, strict=True))

@@ -25,6 +25,7 @@ from wlab.core._sharding import Rules, _where_it_divides
 from wlab.quant import Quantized, quantize_blocks
 
 Tie = Literal["both", "untie"]
+_JOINED = "#"  # in front of the number of a joined method; no path begins so
 
 
 def join(*methods: Reparam) -> Reparam:
@@ -35,7 +36,7 @@ def join(*methods: Reparam) -> Reparam:
 
     Returns:
         A `Reparam` of all of them; its adapters hold the methods' in order, under
-        ``"0"``, ``"1"``, ...
+        ``"#0"``, ``"#1"``, ...
 
     Raises:
         ValueError: from `init`, if two methods have a target in common.
@@ -44,10 +45,10 @@ def join(*methods: Reparam) -> Reparam:
         >>> from wlab import peft
         >>> params = {n: {"kernel": jnp.ones((4, 4))} for n in ("q", "up")}
         >>> method = join(peft.lora(2, select="q*"), peft.bone(2, select="up*"))
-        >>> jax.tree.map(jnp.shape, method.init(0, params).train)["1"]
+        >>> jax.tree.map(jnp.shape, method.init(0, params).train)["#1"]
         {'up/kernel': {'d': (2, 4)}}
     """
-    names = [str(i) for i in range(len(methods))]
+    names = [f"{_JOINED}{i}" for i in range(len(methods))]
 
     def init(key: jax.Array | int, params: Any) -> Adapter:
         key = typed_key(key)
@@ -342,7 +343,7 @@ def load(folder: str | pathlib.Path, method: Reparam, params: Any) -> Adapter:
 
 def _changed(adapter: Adapter) -> set[str]:
     """The paths of the base that an adapter's arrays belong to; of joined ones too."""
-    joined = all(name.isdigit() for name in adapter.train)
+    joined = all(name.startswith(_JOINED) for name in adapter.train)
     parts = adapter.train.values() if joined else [adapter.train]
     return {path for part in parts for path in part}
 

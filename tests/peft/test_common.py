@@ -133,6 +133,9 @@ def gradients(name: str, adapter: Any, params: Any = PARAMS, dense: bool = False
 
 
 cases = pytest.mark.parametrize("name", CASES)
+# One of each way in which a target is put together.
+FORMS = ("lora", "dora", "bone", "tera", "randlora", "wara", "s2ft", "hut", "snella")
+forms = pytest.mark.parametrize("name", (*FORMS, "join"))
 
 
 @cases
@@ -234,7 +237,7 @@ def _equations(jaxpr: Any) -> Any:
                     yield from _equations(inner)
 
 
-@cases
+@forms
 def test_many_adapters_in_one_vmap(name: str):
     many = [moved(name, seed) for seed in (0, 3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(a.train for a in many))
@@ -250,7 +253,7 @@ def test_many_adapters_in_one_vmap(name: str):
     np.testing.assert_allclose(got, jnp.stack(want), atol=5e-6)
 
 
-@cases
+@forms
 def test_bfloat16_and_packed_bases(name: str):
     method = CASES[name].method
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
@@ -263,8 +266,6 @@ def test_bfloat16_and_packed_bases(name: str):
     chex.assert_trees_all_equal(
         merged, jax.tree.map(lambda x: x.astype(jnp.bfloat16), want)
     )
-    if name == "full":
-        return
     packed = quant.quantize_tree(PARAMS, "int8", select="*kernel")
     dense = wlab.materialise(packed)
     np.testing.assert_allclose(
@@ -275,11 +276,9 @@ def test_bfloat16_and_packed_bases(name: str):
     assert 0 < float(again.errors["q/kernel"]) < 0.02
 
 
-@cases
+@forms
 def test_stacked_layers(name: str):
     """A scan over stacked layers is the loop over them, each with its own adapter."""
-    if name == "full":
-        pytest.skip("one shape fits all leaves")
     method = CASES[name].method
     layers = [PARAMS, jax.tree.map(lambda x: x * 1.5, PARAMS)]
     stacked = {"ScanLayers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
@@ -287,9 +286,8 @@ def test_stacked_layers(name: str):
         method = peft.join(
             peft.lora(3, select="*q*"), peft.bone(5, select="*up*kernel")
         )
-    elif name.startswith("s2ft"):
-        columns = "*kernel" if name == "s2ft-columns" else None
-        method = peft.s2ft(0.2, select="*kernel", columns=columns)
+    elif name == "s2ft":
+        method = peft.s2ft(0.2, select="*kernel")
     adapter = method.init(jax.random.key(0), stacked)
     train = jax.tree.map(lambda x: x + 0.05, adapter.train)
     adapter = adapter._replace(train=train)
@@ -304,10 +302,6 @@ def test_stacked_layers(name: str):
         x = model(jax.tree.map(lambda w, i=i: w[i], dense), x)
     got = jax.jit(wlab.lift(scanned))(tree, X)
     np.testing.assert_allclose(got, x, rtol=2e-5, atol=5e-6)
-
-
-# One of each way in which a target is put together.
-FORMS = ("lora", "dora", "bone", "tera", "randlora", "wara", "s2ft", "hut", "snella")
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -72,7 +72,7 @@ class Config:
 
 
 QUICK = Config(
-    only=("LoRA r=2", "Bone r=4"),
+    only=("Bone r=4",),
     depth=1,
     base_steps=20,
     steps=10,

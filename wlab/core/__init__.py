@@ -7,7 +7,17 @@ from wlab.core import _linalg as linalg  # noqa: F401
 from wlab.core import _sharding as sharding  # noqa: F401
 from wlab.core import _ste as ste  # noqa: F401
 from wlab.core import _subset as subsets  # noqa: F401
+from wlab.core._capture import capture as capture
+from wlab.core._capture import keep as keep
+from wlab.core._capture import paths_by_stage as paths_by_stage
+from wlab.core._capture import uses as uses
+from wlab.core._flattened import Flattened as Flattened
+from wlab.core._flattened import as_kernel as as_kernel
 from wlab.core._float32 import in_float32 as in_float32
+from wlab.core._hadamard import hadamard as hadamard
+from wlab.core._hadamard import hadamard_matrix as hadamard_matrix
+from wlab.core._hadamard import random_hadamard as random_hadamard
+from wlab.core._hadamard import random_orthogonal as random_orthogonal
 from wlab.core._keys import fold_path as fold_path
 from wlab.core._keys import typed_key as typed_key
 from wlab.core._layered import Layered as Layered
@@ -22,6 +32,7 @@ from wlab.core._lift import materialise as materialise
 from wlab.core._lowrank import LowRank as LowRank
 from wlab.core._noisy import Noisy as Noisy
 from wlab.core._operator import Operator as Operator
+from wlab.core._permuted import Permuted as Permuted
 from wlab.core._reparam import Adapter as Adapter
 from wlab.core._reparam import Reparam as Reparam
 from wlab.core._strategy import Strategy as Strategy

@@ -18,7 +18,7 @@ from jax import lax
 from wlab.core._lift import Weight, cut, dispatch, specs_of
 from wlab.core._lowrank import _accumulator
 from wlab.core._shapes import window
-from wlab.core._view import MatrixView, from_matrices
+from wlab.core._view import MatrixView, from_matrices, product_axes
 
 
 class Action(Protocol):
@@ -88,7 +88,7 @@ class Operator(Weight):
             "scale": self.scale,
             "gain": self.gain,
         }
-        return Operator(**(fields | changes))
+        return type(self)(**(fields | changes))
 
     @property
     def view(self) -> MatrixView:
@@ -163,34 +163,17 @@ class Operator(Weight):
         For products over all input axes or all output axes, with the stacked axes as
         a batch; others see the dense value.
         """
-        contract, batch = dimension_numbers
-        mine, its = (0, 1) if left else (1, 0)
         n = len(self.base.shape)
+        found = product_axes(self._view, n, other.ndim, dimension_numbers, left=left)
+        if found is None:
+            return NotImplemented
+        forward, order, places, of_stack, of_outs = found
         stack = self._view.stack(n)
         ins, outs = (tuple(a % n for a in side) for side in self._view)
-        pairs = dict(zip(contract[mine], contract[its], strict=True))
-        if tuple(sorted(batch[mine])) != stack or set(pairs) not in (
-            set(ins),
-            set(outs),
-        ):
-            return NotImplemented
-        forward = set(pairs) == set(ins)
-        taken, made = (ins, outs) if forward else (outs, ins)
+        made = outs if forward else ins
+        b, f = len(stack), other.ndim - len(stack) - len(dimension_numbers[0][0])
         dtype = preferred_element_type or jnp.promote_types(other.dtype, self.dtype)
         acc = _accumulator(dtype)
-
-        # The other operand as batch + free + taken, the latter in the view's order.
-        of_batch = dict(zip(batch[mine], batch[its], strict=True))
-        free = [i for i in range(other.ndim) if i not in (*batch[its], *contract[its])]
-        order = [*(of_batch[i] for i in stack), *free, *(pairs[i] for i in taken)]
-        # Where the axes of a result so ordered go: batch as asked, then the two sides.
-        made_free = [i for i in range(n) if i in made]
-        b, f = len(stack), len(free)
-        here = {i: b + f + k for k, i in enumerate(made)}
-        own = [here[i] for i in made_free]
-        theirs = list(range(b, b + f))
-        lead = [stack.index(i) for i in batch[mine]]
-        places = [*lead, *own, *theirs] if left else [*lead, *theirs, *own]
         gain = self.gain
 
         def act(known: Any, x: jax.Array) -> jax.Array:
@@ -216,11 +199,7 @@ class Operator(Weight):
 
         operand = other
         if gain is not None and not forward:
-            operand = scaled(
-                other.astype(acc),
-                [of_batch[i] for i in stack],
-                [pairs[i] for i in outs],
-            ).astype(other.dtype)
+            operand = scaled(other.astype(acc), of_stack, of_outs).astype(other.dtype)
         operands = (self.base, operand) if left else (operand, self.base)
         out = dispatch(
             lax.dot_general_p,
@@ -238,9 +217,8 @@ class Operator(Weight):
             out = out + delta
         if gain is not None and forward:
             back = {place: k for k, place in enumerate(places)}
-            out = scaled(
-                out, [back[k] for k in range(b)], [back[here[i]] for i in outs]
-            )
+            at = [back[b + f + k] for k in range(len(outs))]
+            out = scaled(out, [back[k] for k in range(b)], at)
         return out.astype(dtype)
 
     def transpose(self, permutation: tuple[int, ...]) -> Any:
@@ -389,6 +367,6 @@ def _under_mesh(fn: Callable[..., Any], like: jax.Array) -> Callable[..., Any]:
     """`fn`, whose result is divided as `like` where shardings are in types."""
     sharding = jax.typeof(like).sharding
     mesh = sharding.mesh
-    if mesh.empty or mesh.are_all_axes_auto:
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return fn
     return jax.sharding.auto_axes(fn, out_sharding=sharding)

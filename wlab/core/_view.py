@@ -10,7 +10,7 @@ says which is which, in the way of `optax.contrib.MuonDimensionNumbers`.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -104,6 +104,58 @@ class MatrixView(NamedTuple):
             return tuple(a % ndim - ndim for a in axes)
 
         return cls(side(dims.reduction_axis), side(dims.output_axis))
+
+
+class ProductAxes(NamedTuple):
+    """How the other operand of a product is laid out for a stack of matrices."""
+
+    forward: bool  # over the inputs; else over the outputs
+    order: list[int]  # the operand's axes as stack, free ones, those that are summed
+    places: list[int]  # where the axes of a result stack, free, made go as asked
+    stack: list[int]  # the operand's axis for each stacked one of the weight
+    outs: list[int]  # and for each output axis, if those are summed
+
+
+def product_axes(
+    view: MatrixView, ndim: int, other: int, dimension_numbers: Any, *, left: bool
+) -> ProductAxes | None:
+    """The axes of a product of a weight over one whole side of its view.
+
+    Args:
+        view: the weight's.
+        ndim: the weight's number of axes.
+        other: the other operand's.
+        dimension_numbers: of `jax.lax.dot_general`.
+        left: whether the weight is the left operand.
+
+    Returns:
+        None for a product over anything but all inputs or all outputs with the
+        stacked axes as a batch.
+    """
+    contract, batch = dimension_numbers
+    mine, its = (0, 1) if left else (1, 0)
+    stack = view.stack(ndim)
+    ins, outs = (tuple(a % ndim for a in side) for side in view)
+    pairs = dict(zip(contract[mine], contract[its], strict=True))
+    if tuple(sorted(batch[mine])) != stack or set(pairs) not in (set(ins), set(outs)):
+        return None
+    forward = set(pairs) == set(ins)
+    taken, made = (ins, outs) if forward else (outs, ins)
+    of_batch = dict(zip(batch[mine], batch[its], strict=True))
+    free = [i for i in range(other) if i not in (*batch[its], *contract[its])]
+    of_stack = [of_batch[i] for i in stack]
+    b, f = len(stack), len(free)
+    here = {i: b + f + k for k, i in enumerate(made)}
+    own = [here[i] for i in range(ndim) if i in here]
+    theirs = list(range(b, b + f))
+    lead = [stack.index(i) for i in batch[mine]]
+    return ProductAxes(
+        forward,
+        [*of_stack, *free, *(pairs[i] for i in taken)],
+        [*lead, *own, *theirs] if left else [*lead, *theirs, *own],
+        of_stack,
+        [] if forward else [pairs[i] for i in outs],
+    )
 
 
 def as_matrices(x: jax.Array, view: MatrixView) -> jax.Array:

@@ -12,7 +12,7 @@ import pytest
 
 from wlab.core import LowRank, lift, materialise
 from wlab.models import decoder
-from wlab.models.decoder import Decoder, DecoderConfig, tiny
+from wlab.models.decoder import Decoder, DecoderConfig, RopeScaling, tiny
 
 SMALL = DecoderConfig(
     vocab=31, width=32, depth=3, heads=4, kv_heads=2, head_dim=8, hidden=48
@@ -292,6 +292,10 @@ def test_tiny_is_about_a_million_parameters():
         ({"vocab": -1}, "vocab must be positive"),
         ({"norm_eps": 0.0}, "norm_eps must be positive"),
         ({"dtype": jnp.int8}, "not a float dtype"),
+        ({"window": 0}, "window must be positive"),
+        ({"activation": "relu"}, "choose one of silu, gelu, gelu_tanh"),
+        ({"activation": "gelu", "experts": 2}, "experts have silu"),
+        ({"rope_scaling": RopeScaling(8.0, 64, 4.0, 1.0)}, "high larger than low"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(overrides, message):

@@ -13,7 +13,12 @@ import pytest
 import wlab
 from wlab.core import layered_value_and_grad
 from wlab.models import layered
-from wlab.models.decoder import Decoder, DecoderConfig, apply_with_losses
+from wlab.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    RopeScaling,
+    apply_with_losses,
+)
 from wlab.train import next_token_loss
 
 SMALL = DecoderConfig(
@@ -22,6 +27,16 @@ SMALL = DecoderConfig(
 FORMS: dict[str, dict[str, Any]] = {
     "written out": {"attention_scale": 0.2, "output_scale": 0.5},
     "scan, remat, head": {"scan": True, "remat": True, "tied": False},
+    "options": {
+        "scan": True,
+        "rope_scaling": RopeScaling(4.0, 4),
+        "window": 3,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "activation": "gelu_tanh",
+        "norm_offset": True,
+        "embedding_scale": 4.0,
+    },
     "experts": {"scan": True, "experts": 3},
     "experts, written out": {"experts": 3},
 }

@@ -19,7 +19,7 @@ from wlab import cli
 def start(*args: str) -> subprocess.Popen:
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "-m", "wlab", "run", "eco", "--no-progress", *args]
     return subprocess.Popen(

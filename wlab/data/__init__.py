@@ -26,5 +26,7 @@ from wlab.data._text import encode as encode
 from wlab.data._text import text as text
 from wlab.data._text import text_files as text_files
 from wlab.data._tfds import tfds_source as tfds_source
+from wlab.data._tokenizer import Tokenizer as Tokenizer
+from wlab.data._tokenizer import hf_tokenizer as hf_tokenizer
 from wlab.data._windows import valid_windows as valid_windows
 from wlab.data._windows import windows as windows

@@ -6,4 +6,8 @@ from wlab.models import decoder as decoder
 from wlab.models import egg as egg
 from wlab.models import policy as policy
 from wlab.models import sizes as sizes
+from wlab.models._hf import from_hf as from_hf
+from wlab.models._hf import hf_names as hf_names
+from wlab.models._hf import to_hf as to_hf
 from wlab.models._layered import layered as layered
+from wlab.models._scales import decoder_groups as decoder_groups

@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder-only language model: RMSNorm, rotary positions, grouped queries, SwiGLU.
 
-The gated layers are dense, or routed experts. The weights reach nothing but `nn.Dense`,
+Options add what the architectures of published checkpoints have more: biases of
+queries, keys and values, norms of queries and keys, stretched positions, a window of
+attention, scaled embeddings. `wlab.models.from_hf` reads such checkpoints. The gated
+layers are dense, or routed experts. The weights reach nothing but `nn.Dense`,
 `nn.DenseGeneral`, `nn.Embed` and the experts' products, so that structured weights can
 take their place. The blocks are either written out one after another (`blocks_0`,
 `blocks_1`, ...) or scanned (`blocks`, every parameter with a leading layer axis); both,
@@ -11,7 +14,8 @@ divided over the axes of `wlab.core.sharding`.
 """
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,7 +26,30 @@ from wlab.core import sharding
 from wlab.models._experts import Experts
 from wlab.models._experts import apply_with_losses as apply_with_losses
 
-__all__ = ["Decoder", "DecoderConfig", "apply_with_losses", "tiny"]
+__all__ = ["Decoder", "DecoderConfig", "RopeScaling", "apply_with_losses", "tiny"]
+
+
+class RopeScaling(NamedTuple):
+    """How the wavelengths of rotary positions are stretched for longer sequences.
+
+    With a factor alone all are (Chen et al., 2023, "Extending Context Window of Large
+    Language Models via Positional Interpolation"). With a length, only the long ones
+    are (Dubey et al., 2024, "The Llama 3 Herd of Models"): those up to `length / high`
+    tokens stay, those from `length / low` tokens on grow by the factor, and between
+    them the frequency goes from one to the other, linearly in `length` over the
+    wavelength.
+
+    Attributes:
+        factor: by which the longest wavelengths grow.
+        length: of the sequences that the model saw before; None: all wavelengths grow.
+        low: see above; used with a length only.
+        high: see above; used with a length only.
+    """
+
+    factor: float
+    length: int | None = None
+    low: float = 1.0
+    high: float = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +67,17 @@ class DecoderConfig:
             experts.
         rope_base: the wavelengths of the rotary positions grow from `2 pi` tokens to
             almost this many times as much.
+        rope_scaling: how these wavelengths are stretched; None for not at all.
+        window: a token attends to so many, itself the last; None for all before it.
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_norm: whether every head's queries and keys go through a norm, whose scale
+            the heads share, before they are turned.
+        activation: of the gated layer: silu; gelu, or gelu_tanh, which approximates it.
         norm_eps: added to the mean square inside every norm.
+        norm_offset: whether a norm multiplies with one plus its scale, which then
+            begins as zeros; not those of `qk_norm`.
+        embedding_scale: what the embeddings of the tokens are multiplied with; not
+            those of a tied head.
         experts: number of gated layers in a block, among which a router chooses for
             every token; 0 for one layer and no router.
         experts_per_token: how many of them each token goes through.
@@ -68,7 +105,14 @@ class DecoderConfig:
     head_dim: int
     hidden: int
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     norm_eps: float = 1e-6
+    norm_offset: bool = False
+    embedding_scale: float = 1.0
     experts: int = 0
     experts_per_token: int = 2
     capacity: float | None = None
@@ -90,6 +134,7 @@ class DecoderConfig:
         for name in (
             *("vocab", "width", "depth", "heads", "kv_heads", "head_dim", "hidden"),
             *("rope_base", "norm_eps", "attention_scale", "output_scale", "init_width"),
+            *("window", "embedding_scale"),
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -103,6 +148,24 @@ class DecoderConfig:
             raise ValueError(
                 f"head_dim={self.head_dim} is odd: rotary positions turn pairs of "
                 "channels, so choose an even size"
+            )
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation={self.activation!r}: choose one of "
+                f"{', '.join(_ACTIVATIONS)}"
+            )
+        if self.experts and self.activation != "silu":
+            raise ValueError(
+                f"activation={self.activation!r} is for one gated layer: experts have "
+                "silu"
+            )
+        scaling = self.rope_scaling
+        if scaling and not (
+            scaling.factor > 0
+            and (scaling.length is None or 0 < scaling.low < scaling.high)
+        ):
+            raise ValueError(
+                f"{scaling}: factor and low must be positive, and high larger than low"
             )
         if self.experts and not 0 < self.experts_per_token <= self.experts:
             raise ValueError(
@@ -151,19 +214,43 @@ def tiny(**overrides: Any) -> DecoderConfig:
     return dataclasses.replace(config, **overrides)
 
 
-def _rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+_ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": nn.gelu,
+}
+
+
+def _stretch(wavelengths: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """The wavelengths, in tokens over `2 pi`, as `RopeScaling` says."""
+    if scaling.length is None:
+        return wavelengths * scaling.factor
+    turns = scaling.length / (2 * math.pi * wavelengths)
+    kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    return wavelengths / ((1 - kept) / scaling.factor + kept)
+
+
+def _rotate(
+    x: jax.Array,
+    positions: jax.Array,
+    base: float,
+    scaling: RopeScaling | None = None,
+) -> jax.Array:
     """Turns the pairs (i, i + half) of a head's channels by position-given angles.
 
     Args:
         x: `[batch, length, heads, head_dim]`.
         positions: `[length]`.
         base: see `DecoderConfig.rope_base`.
+        scaling: see `DecoderConfig.rope_scaling`.
 
     Returns:
         The turned `x`, in its own dtype; angles and turn are float32.
     """
     half = x.shape[-1] // 2
     wavelengths = base ** (jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling:
+        wavelengths = _stretch(wavelengths, scaling)
     angles = positions.astype(jnp.float32)[:, None] / wavelengths[None, :]
     cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -184,7 +271,7 @@ class _Attention(nn.Module):
         def project(name: str, heads: int) -> jax.Array:
             made = nn.DenseGeneral(
                 (heads, c.head_dim),
-                use_bias=False,
+                use_bias=c.qkv_bias,
                 dtype=c.dtype,
                 param_dtype=c.param_dtype,
                 name=name,
@@ -193,11 +280,25 @@ class _Attention(nn.Module):
             return sharding.constrain(made, sharding.BATCH, None, "tensor", None)
 
         positions = jnp.arange(x.shape[1])
-        query = _rotate(project("query", c.heads), positions, c.rope_base)
-        key = _rotate(project("key", c.kv_heads), positions, c.rope_base)
+
+        def turned(name: str, heads: int) -> jax.Array:
+            made = project(name, heads)
+            if c.qk_norm:
+                made = _rms_norm(c, f"{name}_norm")(made)
+            return _rotate(made, positions, c.rope_base, c.rope_scaling)
+
+        query, key = turned("query", c.heads), turned("key", c.kv_heads)
         value = project("value", c.kv_heads)
+        before = None
+        if c.window is not None and c.window < x.shape[1]:
+            before = (c.window - 1, 0)
         mixed = jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, scale=c.attention_scale
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=c.attention_scale,
+            local_window_size=before,
         )
         out = nn.DenseGeneral(
             c.width,
@@ -212,7 +313,7 @@ class _Attention(nn.Module):
 
 
 class _GatedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(activation(gate(x)) * up(x))`."""
 
     config: DecoderConfig
 
@@ -231,7 +332,8 @@ class _GatedMLP(nn.Module):
             )
 
         rows = _rows(x)
-        gated = nn.silu(dense(c.hidden, "gate")(rows)) * dense(c.hidden, "up")(rows)
+        activation = _ACTIVATIONS[c.activation]
+        gated = activation(dense(c.hidden, "gate")(rows)) * dense(c.hidden, "up")(rows)
         gated = sharding.constrain(gated, sharding.BATCH, "tensor")
         out = dense(c.width, "down", kernel_init=_residual_init(c))(gated)
         return out.reshape(x.shape)
@@ -269,7 +371,9 @@ class Decoder(nn.Module):
     `attention/{query,key,value,out}/kernel`, `mlp_norm/scale` and
     `mlp/{gate,up,down}/kernel` (with experts in front: `[experts, in, out]`, and
     `mlp/router/kernel`), under `blocks_0` ... or, with `scan`, under `blocks` with a
-    leading layer axis; `final_norm/scale`; `head/kernel` unless the head is tied.
+    leading layer axis; `final_norm/scale`; `head/kernel` unless the head is tied. With
+    `qkv_bias` also `attention/{query,key,value}/bias` `[heads, head_dim]`, with
+    `qk_norm` `attention/{query,key}_norm/scale` `[head_dim]`.
 
     Experts sow the losses of their routers in the collection "losses" and what else is
     known of them in "metrics": see `apply_with_losses`.
@@ -341,7 +445,10 @@ def _embed(config: DecoderConfig) -> nn.Embed:
 
 def _start(config: DecoderConfig, embed: nn.Embed, tokens: jax.Array) -> jax.Array:
     """What goes into the first block."""
-    return _stream(embed(tokens).astype(config.dtype))
+    x = embed(tokens).astype(config.dtype)
+    if config.embedding_scale != 1:
+        x = x * config.embedding_scale
+    return _stream(x)
 
 
 def _logits(config: DecoderConfig, embed: nn.Embed, x: jax.Array) -> jax.Array:
@@ -380,7 +487,29 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _norm(config: DecoderConfig, name: str) -> nn.RMSNorm:
+class _OffsetNorm(nn.Module):
+    """A root-mean-square norm times one plus its scale; both are float32."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, size = self.config, x.shape[-1]
+        wide = jnp.promote_types(c.dtype, jnp.float32)
+        scale = self.param("scale", nn.initializers.zeros, (size,), c.param_dtype)
+        normed = nn.RMSNorm(epsilon=c.norm_eps, dtype=wide, use_scale=False)(x)
+        factor = 1 + jnp.asarray(scale, wide)
+        return (normed * jnp.expand_dims(factor, range(x.ndim - 1))).astype(c.dtype)
+
+
+def _norm(config: DecoderConfig, name: str) -> nn.Module:
+    """The norm of the residual stream."""
+    if config.norm_offset:
+        return _OffsetNorm(config, name=name)
+    return _rms_norm(config, name)
+
+
+def _rms_norm(config: DecoderConfig, name: str) -> nn.RMSNorm:
     """A root-mean-square norm; flax computes its statistics in float32."""
     return nn.RMSNorm(
         epsilon=config.norm_eps,

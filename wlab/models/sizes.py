@@ -108,7 +108,7 @@ class ParameterCounts(NamedTuple):
     total: int
     active: int  # all but the experts that a token is not sent to
     embedding: int  # the table; with a tied head also that
-    by_kind: dict[str, int]  # embedding, attention, mlp, router, norm, head
+    by_kind: dict[str, int]  # embedding, attention, mlp, router, bias, norm, head
 
 
 def parameter_counts(config: DecoderConfig) -> ParameterCounts:
@@ -137,6 +137,8 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
 def _kind(parts: list[str]) -> str:
     if parts[-1] == "scale":
         return "norm"
+    if parts[-1] == "bias":
+        return "bias"
     for part, kind in (("embed", "embedding"), ("router", "router")):
         if part in parts:
             return kind
@@ -170,7 +172,7 @@ def train_flops(config: DecoderConfig, batch: int, length: int) -> int:
         '4.74e+14'
     """
     c, counts = config, parameter_counts(config)
-    outside = ("embedding", "norm", "head")
+    outside = ("embedding", "bias", "norm", "head")
     blocks = counts.active - sum(counts.by_kind.get(kind, 0) for kind in outside)
     attention = 12 * c.depth * c.heads * c.head_dim * length
     return (6 * blocks + attention + 6 * c.width * c.vocab) * batch * length

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wlab import _safetensors
 from wlab.core import Adapter, MatrixView, Pattern, Reparam, leaves_with_paths
 from wlab.peft._bone import bone
 from wlab.peft._lora import lora
@@ -66,16 +67,15 @@ def from_hf(
         FileNotFoundError: if a file is missing.
         ValueError: for a type of adapter that is none of these, a module that no leaf
             is named for, a layer without its tensors, or sizes that do not fit.
-        ImportError: without the package safetensors (``pip install wlab[hf]``).
     """
-    from safetensors.numpy import load_file
-
     folder = pathlib.Path(folder)
     for file in (_CONFIG, _TENSORS):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder} holds no {file}")
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    tensors = load_file(folder / _TENSORS)
+    # Copies: what jax takes over as it is must not change with the file.
+    mapped = _safetensors.read(folder / _TENSORS)
+    tensors = {key: np.array(x) for key, x in mapped.items()}
     modules: dict[str, dict[str, np.ndarray]] = {}
     bases: dict[str, jax.Array] = {}
     for key, x in tensors.items():
@@ -160,10 +160,7 @@ def to_hf(
 
     Raises:
         ValueError: for an adapter of another method, or a target that is not named.
-        ImportError: without the package safetensors.
     """
-    from safetensors.numpy import save_file
-
     tensors: dict[str, np.ndarray] = {}
     config: dict[str, Any] = {"base_model_name_or_path": base_model, "bias": "none"}
     modules: set[str] = set()
@@ -180,8 +177,7 @@ def to_hf(
             stacked = "{}" in name
             for i in range(len(x) if stacked else 1):
                 module = name.format(i) if stacked else name
-                value = np.ascontiguousarray(x[i] if stacked else x)
-                tensors[f"{_PREFIX}{module}.{key}"] = value
+                tensors[f"{_PREFIX}{module}.{key}"] = x[i] if stacked else x
                 modules.add(module.rpartition(".")[2])
     if SHARED in adapter.frozen:
         shared = adapter.frozen[SHARED]
@@ -190,7 +186,7 @@ def to_hf(
     config["target_modules"] = sorted(modules)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / _TENSORS)
+    _safetensors.write(folder / _TENSORS, tensors, tensors.__getitem__)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / _CONFIG).write_text(text, encoding="utf-8")
 

@@ -1,0 +1,624 @@
+# Copyright 2026 The wlab Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in the files of Hugging Face's transformers: read and written.
+
+A folder holds ``config.json`` and ``model.safetensors``, or shards of it that
+``model.safetensors.index.json`` lists. Llama, Mistral, Qwen2, Qwen3 and the first Gemma
+are the `Decoder` with options. Their kernels are stored as `[out, in]` with the heads
+joined; the pairs that rotary positions turn are the same.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wlab import _safetensors
+from wlab.core import leaves_with_paths, map_with_path, materialise
+from wlab.core._lift import cut
+from wlab.models.decoder import Decoder, DecoderConfig, RopeScaling
+
+__all__ = ["from_hf", "hf_names", "to_hf"]
+
+_CONFIG, _TENSORS = "config.json", "model.safetensors"
+_INDEX = _TENSORS + ".index.json"
+# By the name of the type, in the order in which `to_hf` tries them.
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+}
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_MODULES = {
+    "embed": "model.embed_tokens",
+    "attention_norm": "input_layernorm",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.o_proj",
+    "attention/query_norm": "self_attn.q_norm",
+    "attention/key_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
+_HEAD = "lm_head.weight"
+_TABLE = "model.embed_tokens.weight"
+# What says nothing of the weights, and is the same in the folder that is written.
+_BESIDE = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|generation_config"
+    r"|LICEN[CS]E|USE_POLICY|NOTICE)"
+)
+
+
+def from_hf(path: str | os.PathLike[str], **overrides: Any) -> tuple[Decoder, Any]:
+    """Reads a checkpoint of a Llama, Mistral, Qwen2, Qwen3 or the first Gemma.
+
+    Args:
+        path: the folder. Nothing is downloaded.
+        **overrides: fields of `DecoderConfig` to set otherwise: ``scan=True`` stacks
+            the blocks. ``param_dtype`` is by default that of the files, and ``dtype``,
+            of the activations, too.
+
+    Returns:
+        The decoder and its parameters.
+
+    Raises:
+        FileNotFoundError: if there is no config, no tensors or not all shards.
+        ValueError: for another architecture, an option of it that the decoder does not
+            have, a file that is cut off, and tensors that are missing, that are too
+            many or whose shape is not that of the config.
+    """
+    folder = pathlib.Path(path)
+    config = _config(_json(folder / _CONFIG), folder)
+    tensors = _tensors(folder)
+    stored = np.dtype(tensors[_TABLE].dtype if _TABLE in tensors else np.float32)
+    config = dataclasses.replace(config, dtype=stored, param_dtype=stored)
+    config = dataclasses.replace(config, **overrides)
+    if config.tied and _HEAD in tensors and _TABLE in tensors:
+        if not np.array_equal(tensors[_HEAD], tensors[_TABLE]):
+            raise ValueError(
+                f"{folder}: {_HEAD} differs from {_TABLE}, to which the config ties "
+                "it; pass tied=False to use it"
+            )
+        del tensors[_HEAD]
+    given = config.param_dtype if "param_dtype" in overrides else None
+    abstract = _abstract(config)
+    _check(abstract, tensors, folder, given)
+
+    def load(path: str, leaf: Any) -> jax.Array:
+        name, layers = _tensor_name(path), _layers(path, leaf)
+        shape = leaf.shape[1:] if layers else leaf.shape
+        names = [name.format(i) for i in range(layers or 1)]
+        dtype = given or tensors[names[0]].dtype
+        out = np.empty((len(names), *shape), dtype)
+        for i, name in enumerate(names):
+            out[i] = _ours(tensors[name], path, shape)
+        return jnp.asarray(out if layers else out[0])
+
+    return Decoder(config), map_with_path(load, abstract)
+
+
+def to_hf(
+    path: str | os.PathLike[str],
+    model: Decoder | DecoderConfig,
+    params: Any,
+    *,
+    template: str | os.PathLike[str] | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a checkpoint that transformers reads.
+
+    The folder appears when all of it is written.
+
+    Args:
+        path: the folder, which must not be there.
+        model: the decoder, or its config.
+        params: its parameters; structured weights are written dense.
+        template: a checkpoint of the same architecture and sizes, such as the one that
+            `from_hf` read. Its config, with all that wlab has no use for (tokens with a
+            meaning, the longest sequence), its tokenizer and its licence are copied.
+            None: the architecture is the first that has the options of `model`, and its
+            config says no more than `model` does.
+        shard_bytes: the largest file of tensors, unless one tensor is larger.
+
+    Raises:
+        FileExistsError: if there is something at `path`.
+        FileNotFoundError: if `template` has no config.
+        ValueError: if no architecture has the options of `model`, it is not the model
+            of `template`, or the parameters are not those of `model`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, pathlib, tempfile
+        >>> from wlab.models import from_hf, to_hf
+        >>> from wlab.models.decoder import Decoder, tiny
+        >>> model = Decoder(tiny(depth=1, vocab=32))
+        >>> tokens = jnp.zeros((1, 8), jnp.int32)
+        >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     to_hf(pathlib.Path(folder, "mine"), model, params)
+        ...     again, same = from_hf(pathlib.Path(folder, "mine"), scan=True)
+        >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, same)))
+        True
+    """
+    config = model.config if isinstance(model, Decoder) else model
+    folder = pathlib.Path(path)
+    if folder.exists() or folder.is_symlink():
+        raise FileExistsError(f"{folder} is there already: name a new folder")
+    if shard_bytes <= 0:
+        raise ValueError(f"shard_bytes={shard_bytes} must be positive")
+    leaves = _leaves(config, params)
+    dtype = np.dtype(leaves["embed/embedding"].dtype)
+    text = _written(config, dtype, None if template is None else pathlib.Path(template))
+
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    values: dict[str, Callable[[], np.ndarray]] = {}
+    for path_, leaf in leaves.items():
+        layers = _layers(path_, leaf)
+        shape = leaf.shape[1:] if layers else leaf.shape
+        for i in range(layers or 1):
+            name = _tensor_name(path_).format(i)
+            shapes[name] = jax.ShapeDtypeStruct(_their_shape(path_, shape), leaf.dtype)
+            values[name] = _value(path_, leaf, i if layers else None)
+
+    # Beside the folder, so that the last step is a renaming within one file system.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = folder.with_name(f".{folder.name}.{os.getpid()}")
+    made.mkdir()
+    try:
+        (made / _CONFIG).write_text(text, encoding="utf-8")
+        if template is not None:
+            for file in sorted(pathlib.Path(template).iterdir()):
+                if file.is_file() and _BESIDE.match(file.name):
+                    shutil.copyfile(file, made / file.name)
+        _write_tensors(made, shapes, lambda name: values[name](), shard_bytes)
+        made.rename(folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def hf_names(model: Decoder | DecoderConfig) -> dict[str, str]:
+    """Names that the kernels' modules have in transformers, by path.
+
+    They are what `wlab.peft.from_hf` and `wlab.peft.to_hf` take, so that an adapter
+    made with peft works on a decoder of `from_hf`.
+
+    Args:
+        model: the decoder, or its config.
+
+    Returns:
+        The names; of stacked blocks with ``{}`` for the layer's number.
+
+    Examples:
+        >>> from wlab.models import hf_names
+        >>> from wlab.models.decoder import tiny
+        >>> hf_names(tiny())["blocks/mlp/up/kernel"]
+        'model.layers.{}.mlp.up_proj'
+    """
+    config = model.config if isinstance(model, Decoder) else model
+    return {
+        path: _tensor_name(path).removesuffix(".weight")
+        for path, _ in leaves_with_paths(_abstract(config))
+        if path.endswith("/kernel")
+    }
+
+
+# --- Tensors ---------------------------------------------------------------------
+
+
+def _abstract(config: DecoderConfig) -> Any:
+    """The parameters of a decoder by shape and dtype."""
+    if config.experts:
+        raise ValueError(
+            f"experts={config.experts}: of the architectures that are read and written "
+            "none has experts"
+        )
+    # One block tells of all; tracing a hundred of them would take its time.
+    one = Decoder(dataclasses.replace(config, depth=1, scan=False))
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params = jax.eval_shape(one.init, jax.random.key(0), tokens)["params"]
+    block, depth = params.pop("blocks_0"), config.depth
+    if not config.scan:
+        return params | {f"blocks_{i}": block for i in range(depth)}
+    stack = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((depth, *x.shape), x.dtype), block
+    )
+    return params | {"blocks": stack}
+
+
+def _split(path: str) -> tuple[str | None, str, str]:
+    """Layer ("{}" for stacked ones, None outside), module and name of a leaf."""
+    module, _, name = path.rpartition("/")
+    block, _, inside = module.partition("/")
+    if block == "blocks":
+        return "{}", inside, name
+    if block.startswith("blocks_"):
+        return block.removeprefix("blocks_"), inside, name
+    return None, module, name
+
+
+def _tensor_name(path: str) -> str:
+    layer, module, name = _split(path)
+    kind = "bias" if name == "bias" else "weight"
+    where = "" if layer is None else f"model.layers.{layer}."
+    return f"{where}{_MODULES[module]}.{kind}"
+
+
+def _layers(path: str, leaf: Any) -> int:
+    """How many layers a leaf stacks; 0 for none."""
+    return leaf.shape[0] if path.startswith("blocks/") else 0
+
+
+def _sides(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Inputs and outputs of a kernel of one layer."""
+    _, module, _ = _split(path)
+    n = 2 if module == "attention/out" else 1
+    return math.prod(shape[:n]), math.prod(shape[n:])
+
+
+def _their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if path.endswith("/kernel"):
+        return _sides(path, shape)[::-1]
+    return (math.prod(shape),) if path.endswith("/bias") else shape
+
+
+def _ours(x: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    return (x.T if path.endswith("/kernel") else x).reshape(shape)
+
+
+def _theirs(x: np.ndarray, path: str) -> np.ndarray:
+    if path.endswith("/kernel"):
+        return x.reshape(_sides(path, x.shape)).T
+    return x.reshape(_their_shape(path, x.shape))
+
+
+def _value(path: str, leaf: Any, layer: int | None) -> Callable[[], np.ndarray]:
+    """One tensor, made when it is asked for, and of one layer alone."""
+
+    def value() -> np.ndarray:
+        if layer is None:
+            x = np.asarray(materialise(leaf))
+        else:
+            starts = [layer, *[0] * (len(leaf.shape) - 1)]
+            part = cut(leaf, starts, [1, *leaf.shape[1:]])
+            x = np.asarray(materialise(part))[0]
+        return _theirs(x, path)
+
+    return value
+
+
+def _check(
+    abstract: Any,
+    tensors: Mapping[str, np.ndarray],
+    folder: pathlib.Path,
+    given: Any,
+) -> None:
+    """The tensors are those of the config, in dtypes that parameters have."""
+    wanted = {}
+    for path, leaf in leaves_with_paths(abstract):
+        layers = _layers(path, leaf)
+        shape = _their_shape(path, leaf.shape[1:] if layers else leaf.shape)
+        names = [_tensor_name(path).format(i) for i in range(layers or 1)]
+        wanted |= dict.fromkeys(names, shape)
+        dtypes = {str(tensors[n].dtype) for n in names if n in tensors}
+        if len(dtypes) > 1 and given is None:
+            raise ValueError(
+                f"{folder}: the layers of {_tensor_name(path)} are {sorted(dtypes)}; "
+                "pass param_dtype to have them in one"
+            )
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first "
+            f"{missing[0]} of shape {wanted[missing[0]]}"
+        )
+    if extra := [name for name in tensors if name not in wanted]:
+        raise ValueError(
+            f"{folder} has {len(extra)} tensors that its config tells nothing of, "
+            f"first {extra[0]} of shape {tensors[extra[0]].shape}"
+        )
+    for name, shape in wanted.items():
+        x = tensors[name]
+        if x.shape != shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {x.shape}, and {shape} by the config"
+            )
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        if not floating or (
+            given is None and jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
+        ):
+            raise ValueError(
+                f"{folder}: {name} is {x.dtype}"
+                + (
+                    ", no float: quantised checkpoints are not read"
+                    if not floating
+                    else "; pass param_dtype, or enable jax's x64"
+                )
+            )
+
+
+def _leaves(config: DecoderConfig, params: Any) -> dict[str, Any]:
+    """The parameters by path, checked."""
+    wanted = dict(leaves_with_paths(_abstract(config)))
+    leaves = dict(leaves_with_paths(params))
+    if set(wanted) != set(leaves):
+        lacking = sorted(set(wanted) - set(leaves))[:3]
+        extra = sorted(set(leaves) - set(wanted))[:3]
+        raise ValueError(
+            f"the parameters are not those of the model: missing {lacking}, too many "
+            f"{extra}"
+        )
+    for path, leaf in leaves.items():
+        if tuple(leaf.shape) != wanted[path].shape:
+            raise ValueError(
+                f"parameter {path!r} has shape {tuple(leaf.shape)}, and "
+                f"{wanted[path].shape} by the config"
+            )
+    return leaves
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder but the angles of positions, which old ones store."""
+    if (folder / _TENSORS).exists():
+        tensors = _safetensors.read(folder / _TENSORS)
+    elif (folder / _INDEX).exists():
+        places = _json(folder / _INDEX)["weight_map"]
+        files = sorted(set(places.values()))
+        if lacking := [file for file in files if not (folder / file).exists()]:
+            raise FileNotFoundError(
+                f"{folder} lacks {len(lacking)} of the {len(files)} shards that "
+                f"{_INDEX} lists, first {lacking[0]}"
+            )
+        shards = {file: _safetensors.read(folder / file) for file in files}
+        for name, file in places.items():
+            if name not in shards[file]:
+                raise ValueError(
+                    f"{folder / file} lacks tensor {name}, which {_INDEX} says it has"
+                )
+        tensors = {name: shards[file][name] for name, file in places.items()}
+    else:
+        old = sorted(file.name for file in folder.glob("*.bin"))
+        hint = f"; save {old[0]} anew with transformers" if old else ""
+        raise FileNotFoundError(f"{folder} holds no {_TENSORS} and no {_INDEX}{hint}")
+    return {k: x for k, x in tensors.items() if not k.endswith(".rotary_emb.inv_freq")}
+
+
+def _write_tensors(
+    folder: pathlib.Path,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    value: Callable[[str], np.ndarray],
+    shard_bytes: int,
+) -> None:
+    shards: list[dict[str, jax.ShapeDtypeStruct]] = [{}]
+    filled = total = 0
+    for name, x in shapes.items():
+        size = math.prod(x.shape) * np.dtype(x.dtype).itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = x
+        filled, total = filled + size, total + size
+    if len(shards) == 1:
+        _safetensors.write(folder / _TENSORS, shards[0], value)
+        return
+    places = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _safetensors.write(folder / file, shard, value)
+        places |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / _INDEX).write_text(_dump(index), encoding="utf-8")
+
+
+# --- Configs ---------------------------------------------------------------------
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file.parent} holds no {file.name}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+
+
+def _dump(tree: Mapping[str, Any]) -> str:
+    return json.dumps(tree, indent=2, sort_keys=True) + "\n"
+
+
+def _config(raw: Mapping[str, Any], folder: pathlib.Path) -> DecoderConfig:
+    """The decoder that a config of transformers describes."""
+    kind = raw.get("model_type")
+    names = raw.get("architectures") or [_ARCHITECTURES.get(str(kind))]
+    if kind not in _ARCHITECTURES or names != [_ARCHITECTURES[kind]]:
+        raise ValueError(
+            f"{folder}: architecture {names} of type {kind!r} is not read; "
+            f"{', '.join(_ARCHITECTURES.values())} are"
+        )
+    if raw.get("quantization_config"):
+        raise ValueError(
+            f"{folder}: its tensors are quantised (quantization_config); only "
+            "checkpoints of floats are read"
+        )
+    for key in ("attention_bias", "mlp_bias"):
+        if raw.get(key):
+            raise ValueError(
+                f"{folder}: {key}={raw[key]} is not read: biases are those of qwen2"
+            )
+
+    def need(key: str) -> Any:
+        if raw.get(key) is None:
+            raise ValueError(f"{folder}: its {_CONFIG} has no {key}")
+        return raw[key]
+
+    width, heads = need("hidden_size"), need("num_attention_heads")
+    head_dim = raw.get("head_dim") or {"qwen3": 128, "gemma": 256}.get(kind)
+    activation = raw.get("hidden_activation") or raw.get("hidden_act")
+    if kind == "gemma" and activation in ("gelu", None):
+        activation = "gelu_pytorch_tanh"  # which is what its first configs mean
+    activation = activation or "silu"
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"{folder}: activation {activation!r} is not read; "
+            f"{', '.join(_ACTIVATIONS)} are"
+        )
+    base, scaling = _rope(raw, folder)
+    return DecoderConfig(
+        vocab=need("vocab_size"),
+        width=width,
+        depth=need("num_hidden_layers"),
+        heads=heads,
+        kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=head_dim or width // heads,
+        hidden=need("intermediate_size"),
+        rope_base=base,
+        rope_scaling=scaling,
+        window=_window(raw, folder),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        activation=_ACTIVATIONS[activation],  # pyrefly: ignore
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        norm_offset=kind == "gemma",
+        embedding_scale=math.sqrt(width) if kind == "gemma" else 1.0,
+        tied=raw.get("tie_word_embeddings", kind == "gemma"),
+    )
+
+
+def _rope(
+    raw: Mapping[str, Any], folder: pathlib.Path
+) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of rotary positions, by the keys of new and old versions."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    base = float(given.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    kind = given.get("rope_type") or given.get("type") or "default"
+    part = given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+    if part != 1 or any(isinstance(value, dict) for value in given.values()):
+        raise ValueError(
+            f"{folder}: rotary positions of a part of the channels, or that differ "
+            f"from layer to layer, are not read: {dict(given) or part}"
+        )
+    keys = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            *("factor", "original_max_position_embeddings"),
+            *("low_freq_factor", "high_freq_factor"),
+        ),
+    }
+    if kind not in keys:
+        raise ValueError(
+            f"{folder}: rope scaling {kind!r} is not read; {', '.join(keys)} are"
+        )
+    if lacking := [key for key in keys[kind] if given.get(key) is None]:
+        raise ValueError(f"{folder}: its rope scaling {kind!r} has no {lacking[0]}")
+    values = [given[key] for key in keys[kind]]
+    return base, RopeScaling(*values) if values else None
+
+
+def _window(raw: Mapping[str, Any], folder: pathlib.Path) -> int | None:
+    """The window of attention, which must be that of all layers."""
+    kind, depth = raw["model_type"], raw["num_hidden_layers"]
+    if kind == "mistral":
+        return raw.get("sliding_window", 4096)
+    if kind not in ("qwen2", "qwen3") or not raw.get("use_sliding_window"):
+        return None
+    first = raw.get("max_window_layers", 28)
+    kinds = raw.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(depth)
+    ]
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            f"{folder}: a window of attention in some layers alone (max_window_layers="
+            f"{first}, layer_types) is not read"
+        )
+    sliding = kinds[0] == "sliding_attention"
+    return raw.get("sliding_window", 4096) if sliding else None
+
+
+def _written(
+    config: DecoderConfig, dtype: np.dtype, folder: pathlib.Path | None
+) -> str:
+    """The text of the config, the template's or one that says what `config` does."""
+    shape = _shape(config)
+    if folder is not None:
+        raw = _json(folder / _CONFIG)
+        theirs = _shape(_config(raw, folder))
+        if theirs != shape:
+            differ = [
+                f"{f.name}={getattr(config, f.name)} (there {getattr(theirs, f.name)})"
+                for f in dataclasses.fields(config)
+                if getattr(shape, f.name) != getattr(theirs, f.name)
+            ]
+            raise ValueError(f"{folder} is of another model: {', '.join(differ)}")
+        key = "dtype" if "dtype" in raw else "torch_dtype"
+        return _dump(raw | {key: dtype.name})
+    for kind in _ARCHITECTURES:
+        raw = _raw(config, kind)
+        if _shape(_config(raw, pathlib.Path(_CONFIG))) == shape:
+            return _dump(raw | {"torch_dtype": dtype.name})
+    raise ValueError(
+        f"no architecture of {', '.join(_ARCHITECTURES.values())} has the options of "
+        f"{config}; attention_scale, output_scale and experts are none of theirs"
+    )
+
+
+def _shape(config: DecoderConfig) -> DecoderConfig:
+    """The config without what says how it is computed, or made anew."""
+    wide = jnp.float32
+    return dataclasses.replace(
+        config, scan=False, remat=False, dtype=wide, param_dtype=wide, init_width=None
+    )
+
+
+def _raw(config: DecoderConfig, kind: str) -> dict[str, Any]:
+    """What transformers calls the options of a decoder."""
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    raw: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden,
+        "hidden_act": names[config.activation],
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "rope_theta": config.rope_base,
+    }
+    if scaling := config.rope_scaling:
+        raw["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
+        if scaling.length is not None:
+            raw["rope_scaling"] |= {
+                "rope_type": "llama3",
+                "original_max_position_embeddings": scaling.length,
+                "low_freq_factor": scaling.low,
+                "high_freq_factor": scaling.high,
+            }
+    if kind == "gemma":
+        raw["hidden_activation"] = raw["hidden_act"]
+    if kind == "mistral":
+        raw["sliding_window"] = config.window
+    if kind in ("qwen2", "qwen3") and config.window is not None:
+        raw |= {
+            "use_sliding_window": True,
+            "sliding_window": config.window,
+            "max_window_layers": 0,
+        }
+    return raw

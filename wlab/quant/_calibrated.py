@@ -2,22 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels rounded with what is known of their inputs: functions from arrays to weights.
 
-Each takes a kernel and statistics and returns a `Quantized`; `jax.vmap` runs them over
-stacked layers and experts. Outputs are independent of each other, so that a kernel may
+Each takes a kernel and statistics and returns a `Quantized` (a `Permuted` one where the
+order of activity decides what lies side by side); `jax.vmap` runs them over stacked
+layers and experts. Outputs are independent of each other, so that a kernel may
 be divided over a mesh along them without communication.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wlab.core import MatrixView
-from wlab.quant._gptq import Mode, Solved, solve
+from wlab.core import MatrixView, Permuted
+from wlab.quant._gptq import Mode, Solved, gar_order, solve
 from wlab.quant._grid import get_grid
 from wlab.quant._quantized import EACH, WHOLE, Quantized
 from wlab.quant._uniform import Range, Uniform
+
+Order = bool | Literal["groups"]
 
 
 def rtn(
@@ -48,7 +51,7 @@ def rtn(
         >>> rtn(jnp.linspace(-1, 1, 8)[:, None], bits=2, group=None).shape
         (8, 1)
     """
-    wide, grid = _checked(w, bits, symmetric, clip)
+    wide, grid = checked(w), _grid(bits, symmetric, clip)
     n, m = w.shape
     size = n if group is None else group
     count = -(-n // size)
@@ -66,11 +69,11 @@ def gptq(
     group: int | None = 128,
     symmetric: bool = False,
     clip: bool = False,
-    act_order: bool = False,
+    act_order: Order = False,
     static_groups: bool = False,
     damping: float = 0.01,
     block: int = 128,
-) -> Quantized:
+) -> Quantized | Permuted:
     """GPTQ: what rounding does to the outputs is made up for by the later channels.
 
     Args:
@@ -80,18 +83,21 @@ def gptq(
         group: input channels that share a range; None: all of them.
         symmetric: no zero point.
         clip: a shorter range for each group, where its error is less.
-        act_order: the most active channels first. With groups it needs
-            `static_groups`, since others would not lie side by side.
+        act_order: the most active channels first. Groups are then of channels in this
+            order, and so is what is returned, but with `static_groups`. "groups": the
+            most active groups first, and within them these channels; groups stay what
+            they are.
         static_groups: fit all ranges before anything moves.
         damping: added to the diagonal, over its mean; raised where it must be.
         block: channels that are compensated one by one before the others are.
 
     Returns:
-        The packed kernel, with float32 ranges.
+        The packed kernel, with float32 ranges; a `Permuted` one if its channels are
+        stored by activity.
 
     Raises:
-        ValueError: for bits that are none, shapes that do not fit, group and block of
-            which neither divides the other, or groups by activity.
+        ValueError: for bits that are none, shapes that do not fit, or group and block
+            of which neither divides the other.
         TypeError: for a kernel that holds no floats.
 
     Examples:
@@ -126,14 +132,14 @@ def gptaq(
     group: int | None = 128,
     symmetric: bool = False,
     clip: bool = False,
-    act_order: bool = False,
+    act_order: Order = False,
     static_groups: bool = False,
     damping: float = 0.01,
     block: int = 128,
     alpha: float = 0.25,
     alpha2: float = 0.0,
     mode: Mode = "auto",
-) -> Quantized:
+) -> Quantized | Permuted:
     """GPTAQ: GPTQ that aims at the outputs of the original model.
 
     Args:
@@ -159,14 +165,11 @@ def gptaq(
         ValueError: as `gptq` does.
         TypeError: as `gptq` does.
     """
-    if act_order and group is not None and not static_groups:
-        raise ValueError(
-            "groups of channels ordered by activity do not lie side by side: take "
-            "static_groups=True, or group=None"
-        )
-    wide, grid = _checked(w, bits, symmetric, clip)
+    wide = checked(w)
+    grid = _grid(bits, symmetric, clip)
     h = h.astype(wide.dtype)
     d = None if d is None else d.astype(wide.dtype)
+    by_group = act_order == "groups" and group is not None
     found: Solved = solve(
         wide,
         h,
@@ -175,18 +178,25 @@ def gptaq(
         group=group,
         block=min(block, _least_block(w.shape[0], group, block)),
         damping=damping,
-        act_order=act_order,
+        act_order=bool(act_order) and not by_group,
+        order=gar_order(jnp.diagonal(h), group) if by_group else None,
         static_groups=static_groups,
         alpha=alpha,
         alpha2=alpha2,
         mode=mode,
     )
-    return _packed(w, grid, found.codes, found.range, group)
+    codes, ranges = found.codes, found.range
+    if group is None or static_groups or not act_order:
+        return _packed(w, grid, codes, ranges, group)
+    if by_group:
+        ranges = jax.tree.map(lambda x: restored(x, found.order, group), ranges)
+        return _packed(w, grid, codes, ranges, group)
+    return Permuted(_packed(w, grid, codes[found.order], ranges, group), found.order)
 
 
 def rescomp(
     w: jax.Array, h: jax.Array, d: jax.Array, *, alpha2: float = 0.25, **options: Any
-) -> Quantized:
+) -> Quantized | Permuted:
     """ResComp: GPTAQ that also feeds back how far compensation has moved a channel.
 
     Args:
@@ -202,6 +212,11 @@ def rescomp(
     return gptaq(w, h, d, alpha2=alpha2, **options)
 
 
+def restored(ranges: jax.Array, order: jax.Array, group: int) -> jax.Array:
+    """Ranges [groups, ...] in the order of `gar_order`, back at their groups."""
+    return ranges[jnp.argsort(order[::group] // group)]
+
+
 def _least_block(n: int, group: int | None, block: int) -> int:
     """A small kernel needs no whole block; ranges still begin with one."""
     if group is not None:
@@ -209,9 +224,13 @@ def _least_block(n: int, group: int | None, block: int) -> int:
     return max(1, min(block, n))
 
 
-def _checked(
-    w: jax.Array, bits: int, symmetric: bool, clip: bool
-) -> tuple[jax.Array, Uniform]:
+def checked(w: jax.Array) -> jax.Array:
+    """A kernel in the dtype to compute in.
+
+    Raises:
+        ValueError: if it is no matrix.
+        TypeError: if it holds no floats.
+    """
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(
             f"a kernel of shape {w.shape} holds {w.dtype}: floats are rounded"
@@ -221,10 +240,13 @@ def _checked(
             f"a kernel of shape {w.shape} is no matrix [in, out]: reshape it, or map "
             "over stacked ones with jax.vmap"
         )
+    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
+
+
+def _grid(bits: int, symmetric: bool, clip: bool) -> Uniform:
     if not 2 <= bits <= 8:
         raise ValueError(f"bits={bits}: kernels are stored at 2 to 8")
-    wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-    return wide, Uniform(bits, symmetric, clip)
+    return Uniform(bits, symmetric, clip)
 
 
 def _packed(

@@ -33,15 +33,47 @@ References:
     <https://arxiv.org/abs/2604.07955>`_, 2026.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from wlab.core import linalg
-from wlab.quant._uniform import Range, Uniform
 
 Mode = Literal["original", "moved", "auto"]
+
+
+class Quantizer(Protocol):
+    """How a group of input channels is rounded: what the column loop is given.
+
+    The range of a group is any pytree; `channels` says which part of it a channel
+    needs, so that it may hold numbers for each of them.
+    """
+
+    @property
+    def bits(self) -> int:
+        """Of one code."""
+        ...
+
+    def fit(self, w: jax.Array, /) -> Any:
+        """The range of a group [group, out]; zeros may fill up a last one."""
+        ...
+
+    def channels(self, found: Any, start: Any, size: int, /) -> Any:
+        """Its part for each of `size` channels from `start`: leaves [size, ...]."""
+        ...
+
+    def codes(self, w: jax.Array, here: Any, /) -> jax.Array:
+        """The nearest levels of one channel [out], as floats."""
+        ...
+
+    def decode(self, codes: jax.Array, here: Any, /) -> jax.Array:
+        """What levels of one channel stand for."""
+        ...
+
+    def clipped(self, w: jax.Array, here: Any, /) -> jax.Array:
+        """The weights of one channel within its levels, but not rounded."""
+        ...
 
 
 class Solved(NamedTuple):
@@ -49,9 +81,10 @@ class Solved(NamedTuple):
 
     values: jax.Array  # [in, out], what the codes stand for
     codes: jax.Array  # [in, out], levels of the grid as floats
-    range: Range  # [groups, out]; one group where there are none
+    range: Any  # leaves [groups, ...], in the order of rounding but for static groups
     group: jax.Array  # int32 [in], the group of each input channel
     damping: jax.Array  # what was added to the diagonal, over its mean
+    order: jax.Array  # int32 [in], the channels in the order of rounding
 
 
 def solve(
@@ -59,11 +92,12 @@ def solve(
     h: jax.Array,
     d: jax.Array | None = None,
     *,
-    grid: Uniform,
+    grid: Quantizer,
     group: int | None = None,
     block: int = 128,
     damping: float = 0.01,
     act_order: bool = False,
+    order: jax.Array | None = None,
     static_groups: bool = False,
     alpha: float = 0.25,
     alpha2: float = 0.0,
@@ -85,6 +119,7 @@ def solve(
             the factor is not finite, and so on.
         act_order: the channels with the largest diagonal first; groups are then of
             channels in this order, but for static ones.
+        order: another order, int [in]: the channels as they are rounded.
         static_groups: fit the ranges of all groups before, from the original kernel.
         alpha: strength of P.
         alpha2: strength of R.
@@ -96,8 +131,8 @@ def solve(
         The codes and ranges.
 
     Raises:
-        ValueError: for shapes that do not fit, or where neither of `group` and `block`
-            divides the other.
+        ValueError: for shapes that do not fit, two orders, or where neither of `group`
+            and `block` divides the other.
     """
     n, m = w.shape
     if h.shape != (n, n) or (d is not None and d.shape != (n, n)):
@@ -110,13 +145,19 @@ def solve(
             f"group={group} and block={block}: one must divide the other, so that the "
             "ranges of a block are known before its channels are rounded"
         )
+    if order is not None and (act_order or order.shape != (n,)):
+        raise ValueError(
+            f"an order of shape {order.shape} for a kernel of shape {w.shape}: give "
+            f"{(n,)} channels, without act_order=True"
+        )
     if d is None:
         alpha = alpha2 = 0.0
         d = jnp.zeros_like(h)
     if mode == "auto":
         mode = "moved" if alpha2 and grid.bits > 2 else "original"
     cross = d + h  # before anything is done to either
-    whole = jax.tree.map(lambda x: x[None], grid.fit(w))
+    # One group of all channels is static, and fitted before anything is done to them.
+    static = jax.tree.map(lambda x: x[None], grid.fit(w)) if group is None else None
 
     diagonal = jnp.diagonal(h)
     dead = diagonal == 0
@@ -125,61 +166,64 @@ def solve(
     w = jnp.where(dead[:, None], 0, w)
     d = jnp.where(dead[None], 0, d)
 
-    n_groups = 1 if group is None else -(-n // group)
-    padded = -(-n // block) * block
-    order = jnp.arange(n)
-    static = None
+    size = n if group is None else group
+    n_groups = -(-n // size)
+    step = block if group is None else max(block, group)
+    padded = -(-n // step) * step
     if group is not None and static_groups:
-        whole_groups = jnp.pad(w, [(0, n_groups * group - n), (0, 0)])
-        static = grid.fit(whole_groups.reshape(n_groups, group, m), axis=1)
-    if act_order:
-        order = jnp.argsort(-diagonal, stable=True)
+        whole_groups = jnp.pad(w, [(0, n_groups * size - n), (0, 0)])
+        static = jax.vmap(grid.fit)(whole_groups.reshape(n_groups, size, m))
+    ordered = act_order or order is not None
+    if order is None:
+        order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(n)
+    if ordered:
         w, d, cross, h = (
             w[order],
             d[order][:, order],
             *(x[order][:, order] for x in (cross, h)),
         )
-    of_channel = jnp.zeros(n, jnp.int32)
-    if group is not None:
-        of_channel = (order if static_groups else jnp.arange(n)) // group
 
     u, used = _factor(h, jnp.mean(diagonal) * damping)
     p = r = jnp.zeros((0, 0), w.dtype)
     if alpha:
-        p = alpha * jnp.triu(_times(d, u.T), 1) @ u
+        p = alpha * _times(jnp.triu(_times(d, u.T), 1), u)
     if alpha2:
-        r = alpha2 * jnp.triu(_times(cross, u.T), 1) @ u
+        r = alpha2 * _times(jnp.triu(_times(cross, u.T), 1), u)
     extra = padded - n
     u = jnp.pad(u, [(0, extra)] * 2) + jnp.diag(
         (jnp.arange(padded) >= n).astype(u.dtype)
     )
     p, r = (jnp.pad(x, [(0, extra)] * 2) if x.size else x for x in (p, r))
     w = jnp.pad(w, [(0, extra), (0, 0)])
-    channel_group = jnp.pad(of_channel, (0, extra), mode="edge")
+    places = jnp.pad(order, (0, extra), mode="edge")
 
-    def ranges_of(w: jax.Array, i1: Any, held: Any) -> tuple[Any, Any]:
-        """The range of each channel of a block, and what later blocks still need."""
-        if group is None:
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (block, m)), whole), held
+    def ranges_of(w: jax.Array, i1: Any, held: Any) -> tuple[Any, Any, Any]:
+        """Of each channel of a block; what later blocks need; of the groups."""
         if static is not None:
-            at = jax.lax.dynamic_slice_in_dim(channel_group, i1, block)
-            return jax.tree.map(lambda x: x[at], static), held
-        if block % group == 0:
+            at = jax.lax.dynamic_slice_in_dim(places, i1, block)
+            parts = jax.tree.map(lambda x: x[at // size], static)
+
+            def one(part: Any, j: jax.Array) -> Any:
+                return jax.tree.map(lambda x: x[0], grid.channels(part, j, 1))
+
+            return jax.vmap(one)(parts, at % size), held, ()
+        if block % size == 0:
             part = jax.lax.dynamic_slice_in_dim(w, i1, block)
-            found = grid.fit(part.reshape(-1, group, m), axis=1)
-            return jax.tree.map(lambda x: jnp.repeat(x, group, 0), found), held
-        long = jnp.pad(w, [(0, group), (0, 0)])
+            found = jax.vmap(grid.fit)(part.reshape(-1, size, m))
+            each = jax.vmap(lambda x: grid.channels(x, 0, size))(found)
+            flat = jax.tree.map(lambda x: x.reshape(block, *x.shape[2:]), each)
+            return flat, held, found
         held = jax.lax.cond(
-            i1 % group == 0,
-            lambda: grid.fit(jax.lax.dynamic_slice_in_dim(long, i1, group)),
+            i1 % size == 0,
+            lambda: grid.fit(jax.lax.dynamic_slice_in_dim(w, i1, size)),
             lambda: held,
         )
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (block, m)), held), held
+        return grid.channels(held, i1 % size, block), held, held
 
     def one_block(carry: Any, b: jax.Array) -> Any:
         w, held = carry
         i1 = b * block
-        found, held = ranges_of(w, i1, held)
+        found, held, of_groups = ranges_of(w, i1, held)
         w1 = jax.lax.dynamic_slice_in_dim(w, i1, block)
         w0 = jax.lax.dynamic_slice_in_dim(start, i1, block)
 
@@ -199,7 +243,7 @@ def solve(
             here = jax.tree.map(lambda x: x[i], found)
             now = w1[i]
             code = grid.codes(now, here)
-            q = here.scale * (code - here.zero)
+            q = grid.decode(code, here)
             e = (now - q) / own[i]
             w1 = w1 - spread[i][:, None] * e[None]
             if alpha:
@@ -211,7 +255,8 @@ def solve(
         zeros = jnp.zeros_like(w1)
         w1, q1, c1, e1 = jax.lax.fori_loop(0, block, column, (w1, zeros, zeros, zeros))
         if mode == "moved":
-            w1 = grid.clipped(w1, jax.tree.map(lambda x: x[-1:], found))
+            last = jax.tree.map(lambda x: x[-1], found)
+            w1 = jax.vmap(lambda x: grid.clipped(x, last))(w1)
         later = jnp.arange(padded) >= i1 + block
 
         def beyond(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -222,27 +267,60 @@ def solve(
             w = w + beyond(p, w1)
         if alpha2:
             w = w + beyond(r, w0 - w1)
-        return (w, held), (q1, c1, found)
+        return (w, held), (q1, c1, of_groups)
 
     start = w
-    held = jax.tree.map(lambda x: x[0], whole)
+    held: Any = ()
+    if (
+        static is None and block % size
+    ):  # a group of several blocks: fitted at its start
+        held = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grid.fit, w[:size])
+        )
     _, (q, codes, found) = jax.lax.scan(
         one_block, (w, held), jnp.arange(padded // block)
     )
     q, codes = (x.reshape(padded, m)[:n] for x in (q, codes))
-    # Each group's range, from any of its channels.
-    if group is None:
-        ranges = whole
-    elif static is not None:
+    if static is not None:
         ranges = static
+    elif block % size:
+        ranges = jax.tree.map(lambda x: x[:: size // block], found)
     else:
-        ranges = jax.tree.map(
-            lambda x: x.reshape(padded, m)[jnp.arange(n_groups) * group], found
-        )
+        ranges = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n_groups], found)
     back = jnp.argsort(order)
+    of_channel = (jnp.arange(n) if static is not None else back) // size
     return Solved(
-        q[back], codes[back], ranges, of_channel[back], used / jnp.mean(diagonal)
+        values=q[back],
+        codes=codes[back],
+        range=ranges,
+        group=of_channel.astype(jnp.int32),
+        damping=used / jnp.mean(diagonal),
+        order=order.astype(jnp.int32),
     )
+
+
+def gar_order(diagonal: jax.Array, group: int) -> jax.Array:
+    """The most active groups first, and in each of them the most active channels.
+
+    Args:
+        diagonal: of H, [in]; a channel that is never active counts as one.
+        group: channels of a group; what is left over stays at the end.
+
+    Returns:
+        The order, int32 [in].
+
+    Examples:
+        >>> gar_order(jnp.array([1.0, 2.0, 4.0, 3.0, 9.0]), 2).tolist()
+        [2, 3, 1, 0, 4]
+    """
+    n = len(diagonal)
+    whole = n // group * group
+    diagonal = jnp.where(diagonal == 0, 1, diagonal)
+    inside = diagonal[:whole].reshape(whole // group, group)
+    within = jnp.argsort(-inside, axis=1, stable=True)
+    groups = jnp.argsort(-jnp.max(inside, 1), stable=True)
+    order = (within + jnp.arange(whole, step=group)[:, None])[groups].reshape(-1)
+    return jnp.concatenate([order, jnp.arange(whole, n)]).astype(jnp.int32)
 
 
 def _factor(h: jax.Array, damp: jax.Array) -> tuple[jax.Array, jax.Array]:

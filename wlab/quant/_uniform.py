@@ -75,14 +75,25 @@ class Uniform(NamedTuple):
         start = jnp.full(low.shape, jnp.inf, w.dtype), whole
         return jax.lax.fori_loop(0, _STEPS, shorter, start)[1]
 
+    def channels(self, found: Range, start: Any, size: int) -> Range:
+        """The range of `size` channels of a group, which is the same for each."""
+        del start
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x[None], (size, *x.shape)), found
+        )
+
     def codes(self, w: jax.Array, found: Range) -> jax.Array:
         """The nearest levels, of the dtype of `w`."""
         low, high = self.levels
         return jnp.clip(jnp.round(w / found.scale) + found.zero, low, high)
 
+    def decode(self, codes: jax.Array, found: Range) -> jax.Array:
+        """What levels stand for."""
+        return found.scale * (codes - found.zero)
+
     def values(self, w: jax.Array, found: Range) -> jax.Array:
         """What the nearest levels stand for."""
-        return found.scale * (self.codes(w, found) - found.zero)
+        return self.decode(self.codes(w, found), found)
 
     def clipped(self, w: jax.Array, found: Range) -> jax.Array:
         """The weights, within the range but not rounded."""

@@ -44,6 +44,8 @@ RECIPES: dict[str, str] = {
     "eggroll": "wlab.recipes.eggroll",
     "es-rl": "wlab.recipes.es_rl",
     "frugal": "wlab.recipes.frugal",
+    "gptaq": "wlab.recipes.gptaq",
+    "gptq": "wlab.recipes.gptq",
     "hut": "wlab.recipes.hut",
     "ist": "wlab.recipes.ist",
     "lisa": "wlab.recipes.lisa",
@@ -52,6 +54,7 @@ RECIPES: dict[str, str] = {
     "optimizers": "wlab.recipes.optimizers",
     "peft": "wlab.recipes.peft",
     "randlora": "wlab.recipes.randlora",
+    "rescomp": "wlab.recipes.rescomp",
     "s2ft": "wlab.recipes.s2ft",
     "snella": "wlab.recipes.snella",
     "synapse": "wlab.recipes.synapse",
@@ -612,6 +615,9 @@ _METHODS = (
             "how far compensation has moved the weights."
         ),
         state="codes and group scales; a Hessian and a cross term while it runs",
+        module="wlab.quant",
+        recipes=("gptq", "gptaq", "rescomp"),
+        ready=True,
     ),
     Method(
         slug="rsq",

@@ -228,9 +228,7 @@ class _Stage:
             fn = capture(lambda p, x: apply(p, x, batch), [lead])
             return fn(layer, x)[1][lead]
 
-        def add(
-            sums: Any, layer: Any, fresh: Any, x: Any, x_fp: Any, batch: Any
-        ) -> Any:
+        def measure(layer: Any, fresh: Any, x: Any, x_fp: Any, batch: Any) -> Any:
             read = inputs(layer, x, batch)
             original = inputs(fresh, x_fp, batch) if self.both else None
             weights = None
@@ -245,14 +243,16 @@ class _Stage:
                         "weights of a block's rows do not reach them"
                     )
                 fn = jax.vmap(fn, (0, None if original is None else 0, None))
-            made = fn(read, original, weights)
-            made = jax.tree.map(lambda m: m[None], made)
-            return made if sums is None else jax.tree.map(jnp.add, sums, made)
+            return fn(read, original, weights)
+
+        def add(sums: Any, *args: Any) -> Any:
+            return jax.tree.map(lambda s, m: s + m[None], sums, measure(*args))
 
         def solve(layer: Any, sums: Any) -> Any:
             sums = jax.tree.map(lambda s: s.sum(0), sums)
             return _solve(layer, sums, group, min_rows)
 
+        self.measure, self.like = measure, None
         self.add = _on_mesh(jax.jit(add, donate_argnums=0), mesh, axis, 3)
         self.solve = jax.jit(solve)
 
@@ -265,7 +265,12 @@ class _Stage:
         hidden_fp: list[Any] | None,
         batches: Any,
     ) -> tuple[Any, list[LayerError]]:
-        sums = None
+        if self.like is None:
+            x_fp = None if hidden_fp is None else hidden_fp[0]
+            args = (layer, fresh, hidden[0], x_fp, batches[0])
+            self.like = jax.eval_shape(self.measure, *args)
+        each = 1 if self.mesh is None else self.mesh.shape[self.axis]
+        sums = jax.tree.map(lambda s: jnp.zeros((each, *s.shape), s.dtype), self.like)
         for n, (x, batch) in enumerate(zip(hidden, batches, strict=True)):
             x_fp = None if hidden_fp is None else hidden_fp[n]
             sums = self.add(sums, layer, fresh, x, x_fp, batch)

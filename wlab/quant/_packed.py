@@ -8,6 +8,7 @@ they become when they are read.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wlab.core import MatrixView, Weight, bits
+from wlab.core import MatrixView, Select, Weight, bits, leaves_with_paths
+from wlab.core import select as select_leaves
 from wlab.core._shapes import window
+from wlab.quant._binary import BinaryCoded
 from wlab.quant._grid import Grid
-from wlab.quant._quantized import EACH, Quantized
+from wlab.quant._quantized import EACH, Quantized, wide
 
 
 class Packed(Weight):
@@ -93,7 +96,7 @@ class Packed(Weight):
         """Standing for another float dtype: the same codes."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return NotImplemented
-        if self.dense_dtype != self.scale.dtype:
+        if self.dense_dtype != wide(self.scale):
             return NotImplemented  # a value that was rounded stays rounded
         return dataclasses.replace(self, dense_dtype=np.dtype(dtype))
 
@@ -177,3 +180,44 @@ def pack_tree(tree: Any) -> Any:
         return pack(w) if isinstance(w, Quantized) else w
 
     return jax.tree.map(one, tree, is_leaf=lambda w: isinstance(w, Quantized))
+
+
+def bits_per_weight(tree: Any, select: Select | None = None) -> float:
+    """The bits that are kept for each weight: codes, scales, zero points and orders.
+
+    Args:
+        tree: parameters; codes count as many bits as their grid has, as when packed.
+        select: the leaves that are counted, as in `wlab.core.select`; None for all.
+
+    Returns:
+        A mean over the weights of these leaves.
+
+    Examples:
+        >>> from wlab.quant import rtn
+        >>> made = rtn(jnp.ones((64, 32)), bits=3, group=None)
+        >>> bits_per_weight({"a": made})  # 3, and 35 for each output
+        3.546875
+    """
+    marks = leaves_with_paths(select_leaves(tree, "*" if select is None else select))
+    taken = {path for path, mark in marks if mark}
+    held = count = 0
+    for path, w in leaves_with_paths(tree):
+        if path in taken:
+            held += _bits_of(w)
+            count += math.prod(jnp.shape(w))
+    return held / count
+
+
+def _bits_of(w: Any) -> int:
+    def own(x: Any) -> bool:
+        return isinstance(x, (Quantized, BinaryCoded))
+
+    total = 0
+    for part in jax.tree.leaves(w, is_leaf=own):
+        if isinstance(part, BinaryCoded):
+            total += part.size_in_bits
+        else:
+            if isinstance(part, Quantized):
+                part = jax.eval_shape(pack, part)
+            total += bits.size_in_bits(part)
+    return total

@@ -20,14 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from wlab import data, train
-from wlab.core import (
-    Layered,
-    bits,
-    describe,
-    leaves_with_paths,
-    materialise,
-)
+from wlab import data, quant, train
+from wlab.core import Layered, describe, materialise
 from wlab.models import layered
 from wlab.models.decoder import Decoder, DecoderConfig, tiny
 from wlab.recipes import Arm, Finding, Metric, Report, Run
@@ -202,16 +196,11 @@ def _evaluate(model: Decoder) -> Any:
 _PROGRAMS: dict[Decoder, Any] = {}  # one compiled program for all arms
 
 
-def bits_per_weight(params: Any) -> float:
-    """Bits that the kernels of the blocks take, scales and all, for each weight."""
-    held = total = 0
+def size_of(params: Any) -> float:
+    """Bits for each weight of the blocks' kernels, scales and all."""
     known = {leaf.path: leaf for leaf in describe(params)}
-    for path, w in leaves_with_paths(params):
-        leaf = known[path]
-        if path.startswith("blocks") and leaf.role == "kernel":
-            held += bits.size_in_bits(w)
-            total += math.prod(leaf.shape)
-    return held / total
+    kernels = [p for p in known if p.startswith("blocks") and p.endswith("kernel")]
+    return quant.bits_per_weight(params, kernels)
 
 
 def arms_of(
@@ -248,7 +237,7 @@ def arms_of(
             base = get()
             return {
                 "loss": held_out_loss(base, base.params),
-                "size": bits_per_weight(base.params),
+                "size": size_of(base.params),
             }
 
         # The base is trained again by whoever goes on with the run and needs it.
@@ -264,7 +253,7 @@ def arms_of(
                 seconds = time.perf_counter() - start
                 return {
                     "loss": held_out_loss(base, tree, *other),
-                    "size": bits_per_weight(tree),
+                    "size": size_of(tree),
                     "seconds": seconds,
                 } | own
 
@@ -341,7 +330,7 @@ def below(
     theirs: str,
     factor: float = 1.0,
 ) -> Finding | None:
-    """Whether one arm's figure is below a factor of another's; None if one is absent."""
+    """Whether a figure is below a factor of another arm's; None if one is absent."""
     if not {ours, theirs} <= set(arms):
         return None
     a, b = arms[ours].mean(metric), arms[theirs].mean(metric)

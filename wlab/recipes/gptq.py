@@ -8,6 +8,7 @@ The channels that are still to come make up for what rounding one does to the ou
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from wlab.quant import calibrate, compressors
@@ -26,7 +27,7 @@ from wlab.recipes._compress import (
 
 __all__ = ["QUICK", "Config", "figure", "run"]
 
-QUICK = dataclasses.replace(BRIEF, only=("GPTQ, ", "RTN"))
+QUICK = dataclasses.replace(BRIEF, only=("RTN", "GPTQ, 3"))
 
 
 def compressed(base: Base, method: Any) -> tuple[Any, dict[str, float]]:
@@ -35,33 +36,32 @@ def compressed(base: Base, method: Any) -> tuple[Any, dict[str, float]]:
     return made.params, error_of(made.errors)
 
 
+def made_by(name: str, **options: Any) -> Callable[[Base, int, int], Any]:
+    """A side that calibrates with a compressor of `wlab.quant.compressors`."""
+
+    def make(base: Base, bits: int, group: int) -> tuple[Any, dict[str, float]]:
+        method = getattr(compressors, name)
+        return compressed(base, method(bits=bits, group=group, block=group, **options))
+
+    return make
+
+
 def rounded(base: Base, bits: int, group: int) -> tuple[Any, dict[str, float]]:
     """Rounding to nearest."""
     return compressed(base, compressors.rtn(bits=bits, group=group))
 
 
-def gptq(base: Base, bits: int, group: int) -> tuple[Any, dict[str, float]]:
-    """GPTQ with ranges that are fitted as it goes."""
-    return compressed(base, compressors.gptq(bits=bits, group=group, block=group))
-
-
-def _clipped(base: Base, bits: int, group: int) -> tuple[Any, dict[str, float]]:
-    method = compressors.gptq(bits=bits, group=group, block=group, clip=True)
-    return compressed(base, method)
-
-
-def _ordered(base: Base, bits: int, group: int) -> tuple[Any, dict[str, float]]:
-    method = compressors.gptq(
-        bits=bits, group=group, block=group, act_order=True, static_groups=True
-    )
-    return compressed(base, method)
-
+gptq = made_by("gptq")
 
 SIDES = (
     Side("RTN", rounded, baseline=True),
     Side("GPTQ", gptq),
-    Side("GPTQ, clipped", _clipped),
-    Side("GPTQ, by activity", _ordered),
+    Side("GPTQ, clipped", made_by("gptq", clip=True)),
+    Side("GPTQ, by activity", made_by("gptq", act_order=True)),
+    Side(
+        "GPTQ, by activity, clipped, static",
+        made_by("gptq", act_order=True, clip=True, static_groups=True),
+    ),
 )
 
 

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test-wide settings: eight forced CPU devices, strict ranks, one compilation cache."""
 
+import functools
 import gc
+import mmap
 import os
 import pathlib
 import signal
@@ -19,6 +21,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import jaxlib
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -29,14 +32,31 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Tests compile more than they compute: the code that LLVM makes need not be good.
-    # XLA reads this when its first device is asked for; child processes inherit it.
+    # Tests compile more than they compute: what XLA makes need not be good.
+    # It reads this when its first device is asked for; child processes inherit it.
     if config.option.markexpr != "slow":
-        os.environ.setdefault(
-            "XLA_FLAGS",
-            "--xla_backend_optimization_level=0 "
+        wanted = (
+            "--xla_backend_optimization_level=0",
             "--xla_cpu_parallel_codegen_split_count=1",
+            "--xla_cpu_use_fusion_emitters=false",
         )
+        flags = " ".join(filter(_known, wanted))
+        os.environ.setdefault("XLA_FLAGS", flags)
+
+
+@functools.cache
+def _known(flag: str) -> bool:
+    """Whether this jaxlib has a flag of XLA: it ends the process for one it has not."""
+    name = flag.lstrip("-").partition("=")[0].encode()
+    folder = pathlib.Path(jaxlib.__file__).parent
+    for path in sorted(folder.glob("*.so")):
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library,
+        ):
+            if library.find(name) >= 0:
+                return True
+    return False
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_what_is_ready_can_be_found(method: Method):
 def test_every_recipe_belongs_to_one_method_and_has_a_module():
     owned = [name for method in METHODS for name in method.recipes]
     # And some hold the methods of a family against each other.
-    assert sorted([*owned, "lora", "optimizers", "peft"]) == sorted(RECIPES)
+    assert sorted([*owned, "lora", "optimizers", "peft", "ptq"]) == sorted(RECIPES)
     for module in RECIPES.values():
         assert importlib.util.find_spec(module) is not None
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The wlab Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: list the methods, show one, run a recipe.
+"""The command line: list the methods, show one, run a recipe, quantise a checkpoint.
 
 Whatever is slow to import (jax, tyro, rich) is imported by the command that needs
 it, so that help and the table of methods answer at once. What is wrong with the
@@ -30,7 +30,7 @@ from typing import Annotated, Any, NoReturn, get_args
 import wlab
 from wlab import methods
 
-_COMMANDS = ("list", "show", "run", "plan")
+_COMMANDS = ("list", "show", "run", "plan", "quantize")
 
 
 class UsageError(ValueError):
@@ -87,6 +87,8 @@ def _dispatch(args: list[str]) -> int:
         return _show(options.name, as_json=options.json)
     if options.command == "plan":
         return _plan(options)
+    if options.command == "quantize":
+        return _quantize(options)
     _parser().print_help()
     return 0
 
@@ -142,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("run", help="run a recipe (see: wlab run --help)")
     _add_plan(commands)
+    _add_quantize(commands)
     return parser
 
 
@@ -167,6 +170,42 @@ def _add_plan(commands: Any) -> None:
         "--largest-batch", action="store_true", help="search the largest that fits"
     )
     plan.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write it too")
+
+
+def _add_quantize(commands: Any) -> None:
+    """The options of `wlab quantize`."""
+    made = commands.add_parser(
+        "quantize", help="quantise a checkpoint, from folder to folder"
+    )
+    made.add_argument("model", metavar="MODEL", help="a folder of Hugging Face")
+    made.add_argument(
+        "--method", default="gptq", choices=("rtn", "gptq", "gptaq", "rescomp")
+    )
+    made.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8")
+    made.add_argument(
+        "--group", type=int, default=128, help="inputs of a range; -1: all of them"
+    )
+    made.add_argument(
+        "--calibration",
+        required=True,
+        type=pathlib.Path,
+        metavar="FILE",
+        help="a text, or .npy of tokens; its last tenth is held out",
+    )
+    made.add_argument(
+        "--out", required=True, type=pathlib.Path, metavar="DIR", help="a new folder"
+    )
+    made.add_argument("--sequences", type=int, default=128, help="that methods see")
+    made.add_argument("--length", type=int, help="tokens of a sequence")
+    made.add_argument("--batch", type=int, default=8, help="sequences at a time")
+    made.add_argument("--symmetric", action="store_true", help="no zero points")
+    made.add_argument("--clip", action="store_true", help="search shorter ranges")
+    made.add_argument(
+        "--act-order", action="store_true", help="the most active channels first"
+    )
+    made.add_argument("--resume", action="store_true", help="go on with a stopped run")
+    made.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    made.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _list(family: str | None, *, ready: bool, as_json: bool) -> int:
@@ -316,6 +355,38 @@ def _plan(options: argparse.Namespace) -> int:
         mesh = ", ".join(f"{n}={size}" for n, size in last.mesh.items()) or "one device"
         where = f"each of {last.devices} devices on {last.chips} chips"
         print(f"bytes of {where}, mesh {mesh}")
+    return 0
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    """Quantises a checkpoint, and prints what it lost."""
+    from wlab.quantize import quantize
+
+    try:
+        report = quantize(
+            options.model,
+            options.out,
+            calibration=options.calibration,
+            method=options.method,
+            bits=options.bits,
+            group=None if options.group == -1 else options.group,
+            sequences=options.sequences,
+            length=options.length,
+            batch=options.batch,
+            symmetric=options.symmetric,
+            clip=options.clip,
+            act_order=options.act_order,
+            resume=options.resume,
+            progress=not options.no_progress,
+        )
+    except KeyboardInterrupt as stop:
+        if not options.out.with_name(options.out.name + ".partial").exists():
+            raise
+        raise KeyboardInterrupt("go on with the same command and --resume") from stop
+    if options.json:
+        print(report.to_json(), end="")
+    else:
+        report.print()
     return 0
 
 

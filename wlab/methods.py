@@ -34,9 +34,11 @@ KINDS: dict[Kind, str] = {
 """What a method of each kind changes."""
 
 RECIPES: dict[str, str] = {
+    "awq": "wlab.recipes.awq",
     "bone": "wlab.recipes.bone",
     "classp": "wlab.recipes.classp",
     "countdown": "wlab.recipes.countdown",
+    "d2quant": "wlab.recipes.d2quant",
     "drop-muon": "wlab.recipes.drop_muon",
     "eco": "wlab.recipes.eco",
     "eco-quadratic": "wlab.recipes.eco_quadratic",
@@ -48,13 +50,17 @@ RECIPES: dict[str, str] = {
     "gptq": "wlab.recipes.gptq",
     "hut": "wlab.recipes.hut",
     "ist": "wlab.recipes.ist",
+    "layerwise": "wlab.recipes.layerwise",
     "lisa": "wlab.recipes.lisa",
     "lora": "wlab.recipes.lora",
     "mup-wd": "wlab.recipes.mup_wd",
     "optimizers": "wlab.recipes.optimizers",
     "peft": "wlab.recipes.peft",
+    "quantlrm": "wlab.recipes.quantlrm",
+    "ptq": "wlab.recipes.ptq",
     "randlora": "wlab.recipes.randlora",
     "rescomp": "wlab.recipes.rescomp",
+    "rsq": "wlab.recipes.rsq",
     "s2ft": "wlab.recipes.s2ft",
     "snella": "wlab.recipes.snella",
     "synapse": "wlab.recipes.synapse",
@@ -98,6 +104,9 @@ _METHODS = (
             "exponent found on a grid, before rounding to nearest."
         ),
         state="0.52 bytes a weight at 4 bits in groups of 128; the scales are folded",
+        module="wlab.quant",
+        recipes=("awq",),
+        ready=True,
     ),
     Method(
         slug="bitstack",
@@ -183,6 +192,9 @@ _METHODS = (
             "and corrects the mean shift of activations in the norm's bias."
         ),
         state="2 or 3 bits a weight and group scales; the second scale is folded",
+        module="wlab.quant",
+        recipes=("d2quant",),
+        ready=True,
     ),
     Method(
         slug="dkvb",
@@ -429,6 +441,9 @@ _METHODS = (
             "outliers, and spends a fractional bit budget in that order."
         ),
         state="one integer a block",
+        module="wlab.quant",
+        recipes=("layerwise",),
+        ready=True,
     ),
     Method(
         slug="lisa",
@@ -570,6 +585,9 @@ _METHODS = (
             "changed most and least, and searches AWQ's scales with it."
         ),
         state="as AWQ, about 0.4 bytes a weight at 3 bits; the base only to calibrate",
+        module="wlab.quant",
+        recipes=("quantlrm",),
+        ready=True,
     ),
     Method(
         slug="randlora",
@@ -631,6 +649,9 @@ _METHODS = (
             "attention they receive, then runs GPTQ."
         ),
         state="as GPTQ; the rotations are fused",
+        module="wlab.quant",
+        recipes=("rsq",),
+        ready=True,
     ),
     Method(
         slug="rws",

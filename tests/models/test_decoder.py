@@ -307,3 +307,19 @@ def test_tokens_that_are_none_are_refused(variables):
     for bad in (jnp.zeros((2, 3)), jnp.zeros(3, jnp.int32)):
         with pytest.raises(ValueError, match="tokens must be integers of shape"):
             small().apply(variables, bad)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_norms_with_a_bias(offset, tokens):
+    plain = small(norm_offset=offset)
+    shapes = jax.eval_shape(plain.init, jax.random.key(0), tokens)["params"]
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.25, x.dtype), shapes)
+    model, more = decoder.with_norm_bias(plain, params)
+    assert decoder.with_norm_bias(model, more)[0] is model
+    assert jax.tree.structure(more) == jax.tree.structure(
+        jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    )
+    more["final_norm"]["bias"] += jnp.arange(SMALL.width)
+    x = np.random.default_rng(0).normal(size=(2, 3, SMALL.width)).astype(np.float32)
+    want = decoder.final_norm(plain)(params, x) + np.arange(SMALL.width)[None, None]
+    np.testing.assert_allclose(decoder.final_norm(model)(more, x), want, rtol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 
 import wlab
 from wlab.core import Layered
-from wlab.quant import calibrate, compressors, gptq, moments
+from wlab.quant import calibrate, compressors, dac, gptq, moments
 
 WIDTH, HIDDEN, DEPTH = 16, 24, 3
 
@@ -27,7 +27,8 @@ class Counted:
         x32 = x.astype(jnp.float32)
         norm = jnp.sqrt(jnp.mean(x32**2, -1, keepdims=True) + 1e-6)
         read = (x32 / norm).astype(x.dtype)
-        return x + (jax.nn.silu(read @ gate) * (read @ up)) @ down
+        inner = jax.nn.silu(read @ gate) * (read @ up) + layer["inner"]["bias"][None]
+        return x + inner @ down
 
 
 def _params(key, dtype=jnp.float32):
@@ -40,6 +41,7 @@ def _params(key, dtype=jnp.float32):
         "gate": kernel(a, WIDTH, HIDDEN),
         "up": kernel(b, WIDTH, HIDDEN),
         "down": kernel(c, HIDDEN, WIDTH),
+        "inner": {"bias": jnp.zeros((DEPTH, HIDDEN), dtype)},
     }
     return {"embed": jnp.ones(()).astype(dtype), "layers": layers}
 
@@ -59,6 +61,7 @@ def _batches(key, n=2, rows=64, dtype=jnp.float32):
 
 
 METHOD = compressors.gptaq(bits=3, group=8, block=8)
+FIXES = (dac("inner/bias", after="up/kernel", reader="down/kernel"),)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,7 @@ def made():
         params,
         batches,
         METHOD,
+        corrections=FIXES,
         on_block=lambda i, layer, errors: seen.append((i, layer)),
     )
     return params, batches, out, block, seen
@@ -87,14 +91,16 @@ def _same_codes(a, b):
 
 
 def test_every_program_serves_all_blocks(made):
-    # Stages (once for their shapes, once with sums), both streams, and the steps.
+    # Stages and corrections (once for their shapes, once with sums), both streams, and
+    # the steps.
     *_, block, _ = made
     deep = Counted()
     longer = jax.tree.map(
         lambda x: jnp.concatenate([x, x, x]) if x.ndim else x,
         _params(jax.random.key(0)),
     )
-    calibrate(_parts(deep), longer, _batches(jax.random.key(1)), METHOD)
+    batches = _batches(jax.random.key(1))
+    calibrate(_parts(deep), longer, batches, METHOD, corrections=FIXES)
     assert deep.traces == block.traces
 
 
@@ -134,7 +140,12 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(made):
     params, batches, out, _, seen = made
     assert [i for i, _ in seen] == [0, 1, 2]
     again = calibrate(
-        _parts(), params, batches, METHOD, done=[layer for _, layer in seen[:2]]
+        _parts(),
+        params,
+        batches,
+        METHOD,
+        corrections=FIXES,
+        done=[layer for _, layer in seen[:2]],
     )
     _same_codes(again.params, out.params)
     assert {e.layer for e in again.errors} == {2}
@@ -148,7 +159,9 @@ def test_host_memory_and_lists_of_layers_change_nothing(made):
             jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(DEPTH)
         ],
     }
-    got = calibrate(_parts(), listed, batches, METHOD, host=True).params["layers"]
+    got = calibrate(
+        _parts(), listed, batches, METHOD, corrections=FIXES, host=True
+    ).params["layers"]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *got)
     _same_codes(stacked, out.params["layers"])
 
@@ -158,9 +171,12 @@ def test_eight_devices_make_what_one_makes(made, kind):
     params, batches, out, *_ = made
     kind = getattr(jax.sharding.AxisType, kind)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    got = calibrate(_parts(), params, batches, METHOD, mesh=mesh)
+    got = calibrate(_parts(), params, batches, METHOD, corrections=FIXES, mesh=mesh)
     for x, y in zip(_codes(got.params), _codes(out.params), strict=True):
         assert np.mean(x == y) > 0.995  # sums are in another order
+    biases = [tree.params["layers"]["inner"]["bias"] for tree in (got, out)]
+    assert np.abs(biases[1]).max() > 1e-3
+    np.testing.assert_allclose(*biases, atol=2e-3)
 
 
 def test_rows_without_weight_are_as_if_they_were_not_there(made):
@@ -186,7 +202,9 @@ def test_bfloat16_and_methods_by_pattern():
         "down/*": compressors.rtn(bits=8, group=None),
         "*": compressors.gptq(bits=2, group=None),
     }
-    out = calibrate(_parts(), params, batches, methods, select="!up/*").params
+    out = calibrate(
+        _parts(), params, batches, methods, select=["*kernel", "!up/*"]
+    ).params
     layers = out["layers"]
     assert layers["down"]["kernel"].grid.name == "uint8"
     assert layers["gate"]["kernel"].grid.name == "uint2"
@@ -232,3 +250,9 @@ def test_what_cannot_be_calibrated_is_an_error(made):
         calibrate(_parts(), params, batches.at[0, 0, 0].set(jnp.nan), METHOD)
     with pytest.raises(ValueError, match=r"up/kernel.*matches none"):
         calibrate(_parts(), params, batches, {"gate/*": METHOD, "down/*": METHOD})
+    with pytest.raises(ValueError, match=r"after 'out/kernel'.*down/kernel"):
+        fixes = [FIXES[0]._replace(after="out/kernel")]
+        calibrate(_parts(), params, batches, METHOD, corrections=fixes)
+    with pytest.raises(ValueError, match=r"no leaf 'norm/bias'.*with_norm_bias"):
+        fix = dac("norm/bias", after="up/kernel", reader="down/kernel")
+        calibrate(_parts(), params, batches, METHOD, corrections=[fix])

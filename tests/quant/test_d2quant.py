@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import wlab
-from wlab import quant
+from wlab import core, quant
 from wlab.quant import BinaryCoded, _gptq
 from wlab.quant._d2quant import dual_uniform_fit
 from wlab.quant._dsq import dsq_fit, signs
@@ -25,17 +25,14 @@ W = W * jnp.exp(0.3 * jax.random.normal(KEYS[2], (M,)))[None]
 MIX = jax.random.normal(KEYS[3], (N, N)) / N**0.5 + jnp.eye(N)
 X = jax.random.normal(KEYS[4], (256, N)) @ MIX
 H = X.T @ X
-fit = jax.jit(dsq_fit, static_argnums=(1, 2))
-rtn, dsq, dual_uniform = (
-    jax.jit(functools.partial(fn, group=G), static_argnames="bits")
-    for fn in (quant.rtn, quant.dsq, quant.dual_uniform)
-)
+fit = jax.jit(dsq_fit, static_argnums=1)
+dsq = jax.jit(functools.partial(quant.dsq, group=G, bits=2))
+dual_uniform = jax.jit(functools.partial(quant.dual_uniform, group=G, bits=3))
 d2quant = jax.jit(
-    functools.partial(quant.d2quant, group=G), static_argnames=("bits", "block")
+    functools.partial(quant.d2quant, group=G, bits=2), static_argnames="block"
 )
 
 
-@jax.jit
 def error(q: Any, w: jax.Array) -> jax.Array:
     return jnp.sum((wlab.materialise(q) - w) ** 2)
 
@@ -54,12 +51,9 @@ def values(found: Any, codes: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_rounds_only_lower_the_error(bits: int):
-    def error(steps: jax.Array) -> jax.Array:
-        return jnp.sum((W - values(*dsq_fit(W, bits, steps))) ** 2)
-
-    errors = jax.jit(jax.vmap(error))(jnp.arange(9))
-    assert (np.diff(errors) <= 1e-5 * float(errors[0])).all()
-    assert float(errors[-1]) < 0.9 * float(errors[0])
+    errors = [float(error(values(*fit(W, bits, n)), W)) for n in range(9)]
+    assert (np.diff(errors) <= 1e-5 * errors[0]).all()
+    assert errors[-1] < 0.9 * errors[0]
 
 
 @pytest.mark.parametrize("bits", [2, 3])
@@ -79,27 +73,30 @@ def test_symmetries(bits: int):
 
 def test_rows_whose_signs_coincide_and_empty_channels():
     """Their equations have no one solution; what comes out is finite all the same."""
-    w = jnp.ones((4, 6)).at[1].set(0).at[:, 2].set(0).at[:, 3].set(-2)
+    w = np.ones((N, M), np.float32)
+    w[1], w[:, 2], w[:, 3] = 0, 0, -2
     for bits in (2, 3):
-        for x in (w, jnp.zeros((4, 6))):
+        for x in (w, np.zeros_like(w)):
             found, codes = fit(x, bits, 15)
-            off = jnp.abs(values(found, codes) - x)
-            assert np.isfinite(off).all() and float(off.max()) < 0.75
+            off = np.abs(values(found, codes) - x)
+            assert np.isfinite(off).all() and off.max() < 0.75
 
 
 def test_better_than_a_uniform_grid():
-    for bits in (2, 3):
-        plain = error(rtn(W, bits=bits), W)
-        assert error(dsq(W, bits=bits), W) < 0.6 * plain
+    @jax.jit
+    def nearest(w: jax.Array) -> Any:
+        return [error(quant.rtn(w, bits=b, group=None), w) for b in (2, 3)]
+
+    for bits, plain in zip((2, 3), nearest(W), strict=True):
+        assert error(values(*fit(W, bits, 15)), W) < 0.6 * plain
 
 
 def test_compensation_lowers_the_error_of_outputs():
     own = X + 0.3 * jax.random.normal(KEYS[5], X.shape)
     d = (own - X).T @ X
-    plain = d2quant(W, H, jnp.zeros_like(H), bits=2)
-    assert off(plain, own) < 0.9 * off(dsq(W, bits=2), own)
-    assert off(d2quant(W, H, d, bits=2), own) < off(plain, own)
-    np.testing.assert_array_equal(d2quant(W, H, bits=2).codes, plain.codes)
+    plain = d2quant(W, H, jnp.zeros_like(H))
+    assert off(plain, own) < 0.9 * off(dsq(W), own)
+    assert off(d2quant(W, H, d), own) < off(plain, own)
 
 
 def test_the_order_of_groups():
@@ -113,7 +110,7 @@ def test_the_order_of_groups():
 def test_the_order_does_not_show():
     """Without correlation each group is fitted alone: any order gives the same."""
     h = jnp.diag(jax.random.permutation(KEYS[6], jnp.arange(1.0, N + 1)))
-    want, got = dsq(W, bits=2), d2quant(W, h, bits=2)
+    want, got = dsq(W), d2quant(W, h, jnp.zeros_like(h))
     np.testing.assert_allclose(got.materialise(), want.materialise(), atol=1e-4)
     np.testing.assert_allclose(got.c, want.c, rtol=1e-3)
     np.testing.assert_allclose(got.r, want.r, rtol=1e-3)
@@ -122,18 +119,19 @@ def test_the_order_does_not_show():
 @pytest.mark.parametrize("block", [4, 32])
 def test_groups_of_several_blocks_and_a_rest(block: int):
     n = 40
-    w = W.at[n:].set(0)
-    q = d2quant(W[:n], H[:n, :n], bits=2, block=block)
+    q = d2quant(W[:n], H[:n, :n], block=block)
     assert q.shape == (n, M) and q.r.shape == (2, 3, M)
-    filled = jnp.pad(q.materialise(), [(0, N - n), (0, 0)])
-    plain = jnp.pad(dsq(W[:n], bits=2).materialise(), [(0, N - n), (0, 0)])
-    assert jnp.sum((X @ (filled - w)) ** 2) < 0.9 * jnp.sum((X @ (plain - w)) ** 2)
+    lost = [
+        np.sum((np.asarray(X)[:, :n] @ np.asarray(x.materialise() - W[:n])) ** 2)
+        for x in (q, dsq(W[:n]))
+    ]
+    assert lost[0] < 0.9 * lost[1]
 
 
 def test_coded_kernels_run_and_map():
     many = jnp.stack([W, 2 * W])
     stacked = jax.jit(jax.vmap(functools.partial(quant.dsq, group=G)))(many)
-    one = dsq(2 * W, bits=2)
+    one = dsq(2 * W)
     np.testing.assert_array_equal(stacked.codes[1], one.codes)
     dense = stacked.materialise()
     np.testing.assert_allclose(dense[1], one.materialise(), rtol=1e-5)
@@ -141,7 +139,8 @@ def test_coded_kernels_run_and_map():
     def over(w: Any) -> jax.Array:
         return jax.lax.scan(lambda c, w: (c, X @ w), 0, w)[1]
 
-    np.testing.assert_allclose(wlab.lift(over)(stacked), over(dense), atol=1e-3)
+    got, want = jax.jit(lambda *w: [wlab.lift(over)(x) for x in w])(stacked, dense)
+    np.testing.assert_allclose(got, want, atol=1e-3)
     picked = wlab.lift(lambda w: w[1])(stacked)
     assert isinstance(picked, BinaryCoded)
     np.testing.assert_array_equal(picked.materialise(), dense[1])
@@ -174,77 +173,85 @@ def test_absorbed_scales_leave_the_function():
     bias = jnp.linspace(-1, 1, N)
 
     @jax.jit
-    def mlp(up: Any, down: Any, bias: Any) -> jax.Array:
-        return (jax.nn.silu(x @ gate) * (x @ up + bias[None])) @ down
+    def run(down: Any, first: Any) -> Any:
+        def mlp(up: Any, down: Any, bias: Any) -> jax.Array:
+            return (jax.nn.silu(x @ gate) * (x @ up + bias[None])) @ down
 
-    dual = dual_uniform(W, bits=4)
-    packed = quant.rtn(up, bits=4, group=4)
-    for down, first in (
-        (dsq(W, bits=2), up),
-        (dsq(W, bits=2), packed),
-        (dual, wlab.core.Permuted(packed, jnp.arange(8)[::-1])),
-    ):
         if isinstance(down, BinaryCoded):
             dense = down.materialise()
         else:
             dense = down.scale[:, None] * down.weight.materialise()
         moved = quant.absorb(down, first, bias)
         got = mlp(*wlab.materialise((moved.up, moved.down)), moved.bias)
-        want = mlp(wlab.materialise(first), dense, bias)
+        return got, mlp(wlab.materialise(first), dense, bias), moved
+
+    coded, dual = dsq(W), dual_uniform(W)
+    packed = quant.rtn(up, bits=4, group=4)
+    for down, first in (
+        (coded, up),
+        (dual, core.Permuted(packed, jnp.arange(8)[::-1])),
+    ):
+        got, want, moved = run(down, first)
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-3)
         assert type(moved.up) is type(first)
     with pytest.raises(ValueError, match="no column scales"):
-        quant.absorb(quant.absorb(dsq(W, bits=2), up).down, up)
+        quant.absorb(quant.absorb(coded, up).down, up)
 
 
 def test_a_uniform_grid_with_two_scales():
-    def dense(q: Any) -> jax.Array:
-        return q.scale[:, None] * q.weight.materialise()
+    @jax.jit
+    def errors(w: jax.Array) -> Any:
+        def dense(q: Any) -> jax.Array:
+            return q.scale[:, None] * q.weight.materialise()
 
-    plain = quant.rtn(W, bits=3, group=G, symmetric=True)
-    dual = dual_uniform(W, bits=3)
-    assert error(dense(dual), W) < 0.9 * error(plain, W)
-    find = jax.jit(dual_uniform_fit, static_argnums=(1, 2), static_argnames="keep_best")
-    found = find(W, 3, G)
-    np.testing.assert_allclose(found.errors[-1], error(dense(dual), W), rtol=1e-4)
-    best = find(W, 3, G, keep_best=True)
-    values = best.c[:, None] * best.codes * jnp.repeat(best.scale, G, 0)
-    np.testing.assert_allclose(error(values, W), best.errors.min(), rtol=1e-4)
-    solve = functools.partial(quant.dual_uniform, bits=3, group=G, block=G)
-    solved = jax.jit(solve)(W, H)
-    lost = [jnp.sum((X @ (dense(q) - W)) ** 2) for q in (solved, dual)]
-    assert lost[0] < 0.9 * lost[1]
+        plain = quant.rtn(w, bits=3, group=G, symmetric=True)
+        dual = dual_uniform(w)
+        found = dual_uniform_fit(w, 3, G)
+        best = dual_uniform_fit(w, 3, G, keep_best=True)
+        values = best.c[:, None] * best.codes * jnp.repeat(best.scale, G, 0)
+        solved = quant.dual_uniform(w, H, bits=3, group=G, block=G)
+        lost = [jnp.sum((X @ (dense(q) - w)) ** 2) for q in (solved, dual)]
+        kept = error(dense(dual), w), error(values, w)
+        return error(plain, w), kept, lost, found.errors, best.errors
+
+    plain, (dual, least), lost, rounds, bests = errors(W)
+    assert dual < 0.9 * plain and lost[0] < 0.9 * lost[1]
+    np.testing.assert_allclose(rounds[-1], dual, rtol=1e-4)
+    np.testing.assert_allclose(least, bests.min(), rtol=1e-4)
 
 
 def test_corrected_norms():
     a, b = jax.random.normal(KEYS[5], (2, 3, 40, 6))
     b = b + jnp.arange(6.0)[None, None]
-    add = jax.jit(quant.dac_add)
-    start = quant.dac_init(6)
-    shift = add(start, a, b)
-    bias = quant.dac_bias(shift)
-    a, b, moved = (np.asarray(x) for x in (a, b, b + bias[None, None]))
+    w = jax.random.normal(KEYS[6], (6, 4))
+    mask = jnp.arange(40)[None] < jnp.array([40, 40, 0])[:, None]
+
+    @jax.jit
+    def run(a: jax.Array, b: jax.Array) -> Any:
+        start = quant.dac_init(6)
+        shift = quant.dac_add(start, a, b)
+        bias = quant.dac_bias(shift)
+        nothing = quant.dac_bias(quant.dac_add(start, a, a))
+        parts = quant.dac_add(quant.dac_add(start, a[:1], b[:1]), a[1:], b[1:])
+        some = quant.dac_add(start, a, b, mask)
+        return shift, bias, nothing, parts, some, quant.dac_fold(jnp.ones(4), w, bias)
+
+    shift, bias, nothing, parts, some, folded = jax.device_get(run(a, b))
+    a, b, w = (np.asarray(x) for x in (a, b, w))
+    moved = b + bias[None, None]
     np.testing.assert_allclose((a - moved).mean((0, 1)), 0, atol=1e-5)
     before, after = (((a - x) ** 2).mean((0, 1)) for x in (b, moved))
     np.testing.assert_allclose(before - after, shift.mean**2, atol=1e-4)
-    np.testing.assert_array_equal(quant.dac_bias(add(start, a, a)), 0)
+    np.testing.assert_array_equal(nothing, 0)
     # Batch by batch, and without what is padded.
-    parts = add(add(start, a[:1], b[:1]), a[1:], b[1:])
     for x, y in zip(parts, shift, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
-    mask = np.arange(40)[None] < np.array([40, 40, 0])[:, None]
-    some = add(start, a, b, mask)
     np.testing.assert_allclose(some.mean, (a - b)[:2].mean((0, 1)), atol=1e-5)
     # In the biases of the layers behind, it is the same.
-    w = np.asarray(jax.random.normal(KEYS[6], (6, 4)))
-    folded = quant.dac_fold(jnp.ones(4), jnp.asarray(w), bias)
-    np.testing.assert_allclose(moved @ w + 1, b @ w + np.asarray(folded), atol=1e-4)
+    np.testing.assert_allclose(moved @ w + 1, b @ w + folded, atol=1e-4)
 
 
 def test_which_channels_are_corrected():
-    shift = quant.Shift(
-        jnp.float32(4), jnp.array([0.1, -2.0, 20.0]), jnp.array([4.0, 4.0, 4.0])
-    )
     cases: list[tuple[dict[str, float], list[float]]] = [
         ({}, [0.1, -2, 10]),
         ({"strength": 0.5, "clip": 3.0}, [0.05, -1, 3]),
@@ -252,8 +259,14 @@ def test_which_channels_are_corrected():
         ({"explained": 0.5}, [0, -2, 10]),
         ({"snr": 3.0}, [0, 0, 10]),
     ]
-    for options, want in cases:
-        np.testing.assert_allclose(quant.dac_bias(shift, **options), want, rtol=1e-6)
+
+    @jax.jit
+    def run(mean: jax.Array) -> Any:
+        shift = quant.Shift(jnp.float32(4), mean, jnp.array([4.0, 4.0, 4.0]))
+        return [quant.dac_bias(shift, **options) for options, _ in cases]
+
+    got = run(jnp.array([0.1, -2.0, 20.0]))
+    np.testing.assert_allclose(got, [want for _, want in cases], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -263,10 +276,139 @@ def test_which_channels_are_corrected():
         (lambda: quant.dsq(W[0]), "no matrix"),
         (lambda: quant.d2quant(W, H, group=24, block=16), "divide the other"),
         (lambda: quant.dual_uniform(W, bits=9), "2 to 8"),
-        (lambda: quant.absorb(quant.dsq(W, group=G), W), "do not fit"),
+        (lambda: quant.absorb(dsq(W), W), "do not fit"),
         (lambda: quant.dac_bias(quant.dac_init(3), keep=0), "above 0"),
     ],
 )
 def test_bad_input_is_told(make: Any, message: str):
     with pytest.raises(ValueError, match=message):
-        make()
+        jax.eval_shape(make)
+
+
+# --- A whole model ---------------------------------------------------------------
+
+
+def gated(layer: Any, x: jax.Array, batch: Any) -> jax.Array:
+    """What attention would be, and a gated layer, behind norms that have biases."""
+    del batch
+    x = x + jax.nn.silu(x) @ layer["attention"]["out"]["kernel"]
+    y = normed(layer["mlp_norm"], x)
+    mlp = {name: node["kernel"] for name, node in layer["mlp"].items()}
+    return x + (jax.nn.silu(y @ mlp["gate"]) * (y @ mlp["up"])) @ mlp["down"]
+
+
+def normed(norm: Any, x: jax.Array) -> jax.Array:
+    size = jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+    return x / size + norm["bias"][None]
+
+
+def end(params: Any, x: jax.Array) -> jax.Array:
+    return normed(params["final_norm"], x)
+
+
+PARTS = core.Layered(lambda params, x: x, gated, lambda params, x, batch: x)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Parameters, batches, and what D2Quant makes of them."""
+
+    def kernel(i: int, *shape: int) -> Any:
+        w = jax.random.normal(jax.random.key(i), (2, *shape))
+        return {"kernel": w / shape[0] ** 0.5}
+
+    layers = {
+        "attention": {"out": kernel(0, 16, 16)},
+        "mlp_norm": {"bias": jnp.full((2, 16), 0.1)},
+        "mlp": {
+            "gate": kernel(1, 16, 32),
+            "up": kernel(2, 16, 32),
+            "down": kernel(3, 32, 16),
+        },
+    }
+    params = {"layers": layers, "final_norm": {"bias": jnp.zeros(16)}}
+    batches = 1 + jax.random.normal(jax.random.key(4), (2, 48, 16))
+    padded = jnp.pad(batches, [(0, 0), (0, 8), (0, 0)], constant_values=5.0)
+    select = ["attention/out/kernel", "mlp/down/kernel"]  # fewer programs
+    made = quant.d2quant_model(
+        PARTS,
+        params,
+        padded,
+        bits=2,
+        group=16,
+        end=end,
+        mask=lambda batch: jnp.arange(len(batch)) < 48,
+        select=select,
+    )
+    return params, batches, made
+
+
+def test_norms_are_right_on_the_mean_of_the_calibration_tokens(model: Any):
+    """Each block's against the same block's weights, the last against all of them."""
+    params, batches, made = model
+
+    @jax.jit
+    def shifts(params: Any, made: Any) -> Any:
+        exact_end = {"final_norm": {"bias": jnp.zeros(16)}}
+        made = wlab.materialise(made)
+        last, params, made = made, params["layers"], made["layers"]
+        x, out = batches.reshape(-1, 16), []
+        for i in range(2):
+            exact, now = jax.tree.map(lambda w, i=i: w[i], (params, made))
+            reads = [
+                normed(layer["mlp_norm"], x + jax.nn.silu(x) @ w["out"]["kernel"])
+                for layer in (exact, now)
+                for w in [layer["attention"]]
+            ]
+            out.append(jnp.stack([reads[0].mean(0), reads[1].mean(0)]))
+            teacher = gated(now | {"mlp": exact["mlp"]}, x, None)
+            x = gated(now, x, None)
+        out.append(jnp.stack([end(exact_end, teacher).mean(0), end(last, x).mean(0)]))
+        return out
+
+    for want, got in jax.device_get(shifts(params, made.params)):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    biases = np.asarray(made.params["layers"]["mlp_norm"]["bias"])
+    assert np.abs(biases - 0.1).max() > 0.01
+    assert np.abs(made.params["final_norm"]["bias"]).max() > 0.01
+
+
+def test_dual_scales_of_a_model_are_absorbed(model: Any):
+    params, _, made = model
+    layers = made.params["layers"]
+    down, up = layers["mlp"]["down"]["kernel"], layers["mlp"]["up"]["kernel"]
+    assert isinstance(down, BinaryCoded) and down.c is None
+    exact = params["layers"]["mlp"]
+    assert float(jnp.abs(up / exact["up"]["kernel"] - 1).max()) > 0.1
+    assert all(e.error < e.nearest and e.rows == 96 for e in made.errors)
+    # Stacked, and with a kernel before that is quantised itself.
+    y = X[:, :16]
+
+    @jax.jit
+    def run(up: jax.Array, down: jax.Array) -> Any:
+        coded = jax.vmap(dsq)(down)
+        packed = jax.vmap(functools.partial(quant.rtn, group=G))(up)
+        before = {"mlp": {"up": {"kernel": packed}, "down": {"kernel": coded}}}
+        after = quant.absorb_tree(before)
+        outs = []
+        for tree in (before, after, quant.absorb_tree(after)):
+            first, second = wlab.materialise(
+                [tree["mlp"][name]["kernel"] for name in ("up", "down")]
+            )
+            outs.append((y[None] @ first) @ second)
+        return outs, after
+
+    (want, *others), after = run(exact["up"]["kernel"], exact["down"]["kernel"])
+    for got in others:
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert after["mlp"]["down"]["kernel"].c is None
+    assert after["mlp"]["up"]["kernel"].codes.dtype == jnp.uint4
+
+
+def test_models_that_cannot_be_corrected_are_told(model: Any):
+    params, batches, _ = model
+    with pytest.raises(ValueError, match="not in one module"):
+        quant.d2quant_model(PARTS, params, batches, up="a/kernel", down="b/kernel")
+    experts = quant.dac()
+    with pytest.raises(ValueError, match="name their router"):
+        experts.statistics(jnp.zeros((2, 3, 4)), jnp.zeros((2, 3, 4)), None)

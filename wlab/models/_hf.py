@@ -5,10 +5,11 @@
 A folder holds ``config.json`` and ``model.safetensors``, or shards of it that
 ``model.safetensors.index.json`` lists. Llama, Mistral, Qwen2, Qwen3 and the first Gemma
 are the `Decoder` with options. Their kernels are stored as `[out, in]` with the heads
-joined; the pairs that rotary positions turn are the same.
+joined, or as codes in GPTQ's layout; the pairs that rotary positions turn are the same.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -16,15 +17,16 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from wlab import _safetensors
-from wlab.core import leaves_with_paths, map_with_path, materialise
+from wlab.core import MatrixView, leaves_with_paths, map_with_path, materialise
 from wlab.core._lift import cut
+from wlab.models import _hf_gptq
 from wlab.models.decoder import Decoder, DecoderConfig, RopeScaling
 
 __all__ = ["from_hf", "hf_names", "to_hf"]
@@ -68,6 +70,9 @@ _BESIDE = re.compile(
 def from_hf(path: str | os.PathLike[str], **overrides: Any) -> tuple[Decoder, Any]:
     """Reads a checkpoint of a Llama, Mistral, Qwen2, Qwen3 or the first Gemma.
 
+    Kernels that are stored by GPTQ stay codes: they are `wlab.Quantized` weights, in
+    the place and of the shape of the arrays, and the model runs under `wlab.lift`.
+
     Args:
         path: the folder. Nothing is downloaded.
         **overrides: fields of `DecoderConfig` to set otherwise: ``scan=True`` stacks
@@ -84,8 +89,11 @@ def from_hf(path: str | os.PathLike[str], **overrides: Any) -> tuple[Decoder, An
             many or whose shape is not that of the config.
     """
     folder = pathlib.Path(path)
-    config = _config(_json(folder / _CONFIG), folder)
+    raw = _json(folder / _CONFIG)
+    config = _config(raw, folder)
+    stored_as = _hf_gptq.read_config(raw, folder)
     tensors = _tensors(folder)
+    codes = {} if stored_as is None else _take_codes(tensors, config)
     stored = np.dtype(tensors[_TABLE].dtype if _TABLE in tensors else np.float32)
     config = dataclasses.replace(config, dtype=stored, param_dtype=stored)
     config = dataclasses.replace(config, **overrides)
@@ -98,17 +106,32 @@ def from_hf(path: str | os.PathLike[str], **overrides: Any) -> tuple[Decoder, An
         del tensors[_HEAD]
     given = config.param_dtype if "param_dtype" in overrides else None
     abstract = _abstract(config)
-    _check(abstract, tensors, folder, given)
+    _check(abstract, tensors, set(codes), folder, given)
 
-    def load(path: str, leaf: Any) -> jax.Array:
+    def load(path: str, leaf: Any) -> Any:
         name, layers = _tensor_name(path), _layers(path, leaf)
         shape = leaf.shape[1:] if layers else leaf.shape
         names = [name.format(i) for i in range(layers or 1)]
+        if found := [codes[name] for name in names if name in codes]:
+            if len(found) < len(names):
+                raise ValueError(
+                    f"{folder}: {name} is quantised in {len(found)} layers of "
+                    f"{len(names)}; pass scan=False to have it so"
+                )
+            assert stored_as is not None
+            try:
+                return load_kernel(found, stored_as, path, shape, bool(layers))
+            except ValueError as error:
+                raise ValueError(f"{folder}: {name}: {error}") from error
         dtype = given or tensors[names[0]].dtype
         out = np.empty((len(names), *shape), dtype)
         for i, name in enumerate(names):
             out[i] = _ours(tensors[name], path, shape)
         return jnp.asarray(out if layers else out[0])
+
+    def load_kernel(found: Any, how: Any, path: str, shape: Any, stack: bool) -> Any:
+        dtype = config.param_dtype
+        return kernel_of_codes(found, how, path, shape, dtype=dtype, stack=stack)
 
     return Decoder(config), map_with_path(load, abstract)
 
@@ -119,6 +142,7 @@ def to_hf(
     params: Any,
     *,
     template: str | os.PathLike[str] | None = None,
+    layout: Literal["dense", "gptq", "gptq_v2"] = "dense",
     shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a checkpoint that transformers reads.
@@ -128,19 +152,26 @@ def to_hf(
     Args:
         path: the folder, which must not be there.
         model: the decoder, or its config.
-        params: its parameters; structured weights are written dense.
+        params: its parameters.
         template: a checkpoint of the same architecture and sizes, such as the one that
             `from_hf` read. Its config, with all that wlab has no use for (tokens with a
             meaning, the longest sequence), its tokenizer and its licence are copied.
             None: the architecture is the first that has the options of `model`, and its
             config says no more than `model` does.
+        layout: "dense" writes what structured weights stand for. The others write the
+            kernels of the blocks as they are in checkpoints of GPTQ: all must be
+            `wlab.Quantized` matrices alike, in groups of inputs, whose scales are
+            stored as float16. Most readers have "gptq"; not with zero points of 0,
+            which weights that are not symmetric may have, and "gptq_v2" has.
         shard_bytes: the largest file of tensors, unless one tensor is larger.
 
     Raises:
         FileExistsError: if there is something at `path`.
         FileNotFoundError: if `template` has no config.
+        TypeError: if `layout` wants codes of a kernel that has none.
         ValueError: if no architecture has the options of `model`, it is not the model
-            of `template`, or the parameters are not those of `model`.
+            of `template`, or the parameters are not those of `model`, or not what
+            `layout` can store.
 
     Examples:
         >>> import jax, jax.numpy as jnp, pathlib, tempfile
@@ -163,7 +194,8 @@ def to_hf(
         raise ValueError(f"shard_bytes={shard_bytes} must be positive")
     leaves = _leaves(config, params)
     dtype = np.dtype(leaves["embed/embedding"].dtype)
-    text = _written(config, dtype, None if template is None else pathlib.Path(template))
+    stored_as = None if layout == "dense" else _stored_as(leaves, layout)
+    text = config_text(config, dtype, template, stored_as)
 
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
     values: dict[str, Callable[[], np.ndarray]] = {}
@@ -172,19 +204,24 @@ def to_hf(
         shape = leaf.shape[1:] if layers else leaf.shape
         for i in range(layers or 1):
             name = _tensor_name(path_).format(i)
+            layer = i if layers else None
+            if stored_as is not None and _in_blocks(path_):
+                sides = _sides(path_, shape)
+                module = name.removesuffix("weight")
+                made = _codes(path_, leaf, layer, sides, stored_as.form)
+                for suffix, x in _hf_gptq.shapes(sides, stored_as).items():
+                    shapes[module + suffix] = x
+                    values[module + suffix] = functools.partial(made, suffix)
+                continue
             shapes[name] = jax.ShapeDtypeStruct(_their_shape(path_, shape), leaf.dtype)
-            values[name] = _value(path_, leaf, i if layers else None)
+            values[name] = _value(path_, leaf, layer)
 
     # Beside the folder, so that the last step is a renaming within one file system.
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = folder.with_name(f".{folder.name}.{os.getpid()}")
     made.mkdir()
     try:
-        (made / _CONFIG).write_text(text, encoding="utf-8")
-        if template is not None:
-            for file in sorted(pathlib.Path(template).iterdir()):
-                if file.is_file() and _BESIDE.match(file.name):
-                    shutil.copyfile(file, made / file.name)
+        write_beside(made, text, template, stored_as)
         _write_tensors(made, shapes, lambda name: values[name](), shard_bytes)
         made.rename(folder)
     except BaseException:
@@ -216,6 +253,23 @@ def hf_names(model: Decoder | DecoderConfig) -> dict[str, str]:
         for path, _ in leaves_with_paths(_abstract(config))
         if path.endswith("/kernel")
     }
+
+
+def write_beside(
+    folder: pathlib.Path,
+    text: str,
+    template: str | os.PathLike[str] | None,
+    stored_as: _hf_gptq.Stored | None,
+) -> None:
+    """Writes all that is no tensor: configs, and what the template has beside them."""
+    (folder / _CONFIG).write_text(text, encoding="utf-8")
+    if stored_as is not None:
+        text = _dump(_hf_gptq.write_config(stored_as))
+        (folder / _hf_gptq.CONFIG).write_text(text, encoding="utf-8")
+    if template is not None:
+        for file in sorted(pathlib.Path(template).iterdir()):
+            if file.is_file() and _BESIDE.match(file.name):
+                shutil.copyfile(file, folder / file.name)
 
 
 # --- Tensors ---------------------------------------------------------------------
@@ -302,9 +356,93 @@ def _value(path: str, leaf: Any, layer: int | None) -> Callable[[], np.ndarray]:
     return value
 
 
+def _in_blocks(path: str) -> bool:
+    """Whether a leaf is a kernel of a block, which is what GPTQ stores as codes."""
+    return path.endswith("/kernel") and path.startswith("blocks")
+
+
+def _codes(
+    path: str, leaf: Any, layer: int | None, sides: tuple[int, int], form: Any
+) -> Callable[[str], np.ndarray]:
+    """The arrays of a kernel of one layer by suffix, made when they are asked for."""
+
+    @functools.lru_cache(1)
+    def value(suffix: str) -> np.ndarray:
+        w = leaf if layer is None else _hf_gptq.layer_of(leaf, layer)
+        try:
+            return _hf_gptq.store(w, sides, form)[suffix]
+        except ValueError as error:
+            where = "" if layer is None else f" of layer {layer}"
+            raise ValueError(f"parameter {path!r}{where}: {error}") from error
+
+    return value
+
+
+def _stored_as(leaves: Mapping[str, Any], form: Any) -> _hf_gptq.Stored:
+    """What the config is to say of the kernels, which must all be codes."""
+    first = {}
+    for path, leaf in leaves.items():
+        if not _in_blocks(path):
+            continue
+        layers = _layers(path, leaf)
+        shape = tuple(leaf.shape[1:] if layers else leaf.shape)
+        try:
+            w = _hf_gptq.layer_of(leaf, 0) if layers else leaf
+            first[path] = _hf_gptq.matrix_of(w, _sides(path, shape))
+            _hf_gptq.check_sizes(*_sides(path, shape), _hf_gptq.bits_of(first[path]))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"parameter {path!r}: {error}") from error
+    return _hf_gptq.settings(first, form)
+
+
+def kernel_of_codes(
+    layers: Any,
+    stored_as: _hf_gptq.Stored,
+    path: str,
+    shape: tuple[int, ...],
+    *,
+    dtype: Any,
+    stack: bool,
+    ordered: bool | None = None,
+) -> Any:
+    """The kernel at a path, of one layer's shape, from the arrays of its layers."""
+    n = 2 if _split(path)[1] == "attention/out" else 1
+    return _hf_gptq.load(
+        layers,
+        stored_as,
+        _sides(path, shape),
+        MatrixView.of(n, len(shape) - n),
+        shape,
+        dtype=dtype,
+        stack=stack,
+        ordered=ordered,
+    )
+
+
+def _take_codes(
+    tensors: dict[str, np.ndarray], config: DecoderConfig
+) -> dict[str, dict[str, np.ndarray]]:
+    """Takes what is stored as codes out of the tensors, by the name of the weight."""
+    codes: dict[str, dict[str, np.ndarray]] = {}
+    for name in list(tensors):
+        module, _, suffix = name.rpartition(".")
+        if suffix in _hf_gptq.SUFFIXES:
+            codes.setdefault(f"{module}.weight", {})[suffix] = tensors.pop(name)
+    for name, arrays in codes.items():
+        if lacking := [x for x in _hf_gptq.SUFFIXES[:3] if x not in arrays]:
+            raise ValueError(f"{name} is quantised, but there is no {lacking[0]} of it")
+        # Some writers give every quantised layer a bias, of zeros.
+        bias = name.removesuffix("weight") + "bias"
+        has = config.qkv_bias and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")
+        if not has and bias in tensors and not np.any(tensors[bias]):
+            del tensors[bias]
+    return codes
+
+
 def _check(
     abstract: Any,
     tensors: Mapping[str, np.ndarray],
+    codes: set[str],
     folder: pathlib.Path,
     given: Any,
 ) -> None:
@@ -314,6 +452,8 @@ def _check(
         layers = _layers(path, leaf)
         shape = _their_shape(path, leaf.shape[1:] if layers else leaf.shape)
         names = [_tensor_name(path).format(i) for i in range(layers or 1)]
+        if _in_blocks(path):
+            names = [name for name in names if name not in codes]
         wanted |= dict.fromkeys(names, shape)
         dtypes = {str(tensors[n].dtype) for n in names if n in tensors}
         if len(dtypes) > 1 and given is None:
@@ -325,6 +465,10 @@ def _check(
         raise ValueError(
             f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first "
             f"{missing[0]} of shape {wanted[missing[0]]}"
+        )
+    if odd := codes - {_tensor_name(p).format(i) for p, i in _kernels(abstract)}:
+        raise ValueError(
+            f"{folder}: {min(odd)} is quantised, which kernels of blocks alone can be"
         )
     if extra := [name for name in tensors if name not in wanted]:
         raise ValueError(
@@ -344,11 +488,21 @@ def _check(
             raise ValueError(
                 f"{folder}: {name} is {x.dtype}"
                 + (
-                    ", no float: quantised checkpoints are not read"
+                    ", no float"
                     if not floating
                     else "; pass param_dtype, or enable jax's x64"
                 )
             )
+
+
+def _kernels(abstract: Any) -> list[tuple[str, int]]:
+    """Path and layer of each kernel of the blocks."""
+    return [
+        (path, i)
+        for path, leaf in leaves_with_paths(abstract)
+        if _in_blocks(path)
+        for i in range(_layers(path, leaf) or 1)
+    ]
 
 
 def _leaves(config: DecoderConfig, params: Any) -> dict[str, Any]:
@@ -449,11 +603,6 @@ def _config(raw: Mapping[str, Any], folder: pathlib.Path) -> DecoderConfig:
             f"{folder}: architecture {names} of type {kind!r} is not read; "
             f"{', '.join(_ARCHITECTURES.values())} are"
         )
-    if raw.get("quantization_config"):
-        raise ValueError(
-            f"{folder}: its tensors are quantised (quantization_config); only "
-            "checkpoints of floats are read"
-        )
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
             raise ValueError(
@@ -549,10 +698,24 @@ def _window(raw: Mapping[str, Any], folder: pathlib.Path) -> int | None:
     return raw.get("sliding_window", 4096) if sliding else None
 
 
-def _written(
-    config: DecoderConfig, dtype: np.dtype, folder: pathlib.Path | None
+def config_text(
+    config: DecoderConfig,
+    dtype: np.dtype,
+    template: str | os.PathLike[str] | None,
+    stored_as: _hf_gptq.Stored | None,
 ) -> str:
     """The text of the config, the template's or one that says what `config` does."""
+    raw = _written(config, dtype, None if template is None else pathlib.Path(template))
+    raw.pop(_hf_gptq.KEY, None)
+    if stored_as is not None:
+        raw[_hf_gptq.KEY] = _hf_gptq.write_config(stored_as)
+    return _dump(raw)
+
+
+def _written(
+    config: DecoderConfig, dtype: np.dtype, folder: pathlib.Path | None
+) -> dict[str, Any]:
+    """The config of floats, the template's or one that says what `config` does."""
     shape = _shape(config)
     if folder is not None:
         raw = _json(folder / _CONFIG)
@@ -565,11 +728,11 @@ def _written(
             ]
             raise ValueError(f"{folder} is of another model: {', '.join(differ)}")
         key = "dtype" if "dtype" in raw else "torch_dtype"
-        return _dump(raw | {key: dtype.name})
+        return raw | {key: dtype.name}
     for kind in _ARCHITECTURES:
         raw = _raw(config, kind)
         if _shape(_config(raw, pathlib.Path(_CONFIG))) == shape:
-            return _dump(raw | {"torch_dtype": dtype.name})
+            return raw | {"torch_dtype": dtype.name}
     raise ValueError(
         f"no architecture of {', '.join(_ARCHITECTURES.values())} has the options of "
         f"{config}; attention_scale, output_scale and experts are none of theirs"

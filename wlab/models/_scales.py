@@ -52,12 +52,13 @@ def decoder_groups(
     config = dataclasses.replace(config, dtype=dtype)
     shared = config.kv_heads < config.heads
     norm: Any = "offset_norm" if config.norm_offset else "norm"
+    ends = ("scale", "bias") if config.norm_bias else ("scale",)
     value = ["kernel", "bias"] if config.qkv_bias else ["kernel"]
     values = tuple(f"attention/value/{name}" for name in value)
     return (
         ScaleGroup(
             tuple(f"attention/{name}/kernel" for name in ("query", "key", "value")),
-            ("attention_norm/scale",),
+            tuple(f"attention_norm/{end}" for end in ends),
             norm,
             inspect=_part(_Attention(config), "attention", length),
         ),
@@ -69,7 +70,7 @@ def decoder_groups(
         ),
         ScaleGroup(
             ("mlp/gate/kernel", "mlp/up/kernel"),
-            ("mlp_norm/scale",),
+            tuple(f"mlp_norm/{end}" for end in ends),
             norm,
             inspect=_part(_GatedMLP(config), "mlp", length),
         ),

@@ -5,7 +5,8 @@
 Options add what the architectures of published checkpoints have more: biases of
 queries, keys and values, norms of queries and keys, stretched positions, a window of
 attention, scaled embeddings. `wlab.models.from_hf` reads such checkpoints. The gated
-layers are dense, or routed experts. The weights reach nothing but `nn.Dense`,
+layers are dense, or routed experts. Attention sows the queries and keys that it
+compares in the collection "intermediates". The weights reach nothing but `nn.Dense`,
 `nn.DenseGeneral`, `nn.Embed` and the experts' products, so that structured weights can
 take their place. The blocks are either written out one after another (`blocks_0`,
 `blocks_1`, ...) or scanned (`blocks`, every parameter with a leading layer axis); both,
@@ -15,6 +16,7 @@ divided over the axes of `wlab.core.sharding`.
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -26,7 +28,17 @@ from wlab.core import sharding
 from wlab.models._experts import Experts
 from wlab.models._experts import apply_with_losses as apply_with_losses
 
-__all__ = ["Decoder", "DecoderConfig", "RopeScaling", "apply_with_losses", "tiny"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "RopeScaling",
+    "apply_with_losses",
+    "final_norm",
+    "tiny",
+    "with_norm_bias",
+]
+
+_NORMS = ("attention_norm", "mlp_norm", "final_norm")  # of the residual stream
 
 
 class RopeScaling(NamedTuple):
@@ -76,6 +88,9 @@ class DecoderConfig:
         norm_eps: added to the mean square inside every norm.
         norm_offset: whether a norm multiplies with one plus its scale, which then
             begins as zeros; not those of `qk_norm`.
+        norm_bias: whether a norm adds a bias; not those of `qk_norm`. Published models
+            have none: it takes up what a compressed model is off by, see
+            `wlab.quant.dac`.
         embedding_scale: what the embeddings of the tokens are multiplied with; not
             those of a tied head.
         experts: number of gated layers in a block, among which a router chooses for
@@ -112,6 +127,7 @@ class DecoderConfig:
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     norm_eps: float = 1e-6
     norm_offset: bool = False
+    norm_bias: bool = False
     embedding_scale: float = 1.0
     experts: int = 0
     experts_per_token: int = 2
@@ -289,6 +305,8 @@ class _Attention(nn.Module):
 
         query, key = turned("query", c.heads), turned("key", c.kv_heads)
         value = project("value", c.kv_heads)
+        self.sow("intermediates", "queries", query)
+        self.sow("intermediates", "keys", key)
         before = None
         if c.window is not None and c.window < x.shape[1]:
             before = (c.window - 1, 0)
@@ -373,7 +391,8 @@ class Decoder(nn.Module):
     `mlp/router/kernel`), under `blocks_0` ... or, with `scan`, under `blocks` with a
     leading layer axis; `final_norm/scale`; `head/kernel` unless the head is tied. With
     `qkv_bias` also `attention/{query,key,value}/bias` `[heads, head_dim]`, with
-    `qk_norm` `attention/{query,key}_norm/scale` `[head_dim]`.
+    `qk_norm` `attention/{query,key}_norm/scale` `[head_dim]`, and with `norm_bias` a
+    `bias` beside the scale of each other norm.
 
     Experts sow the losses of their routers in the collection "losses" and what else is
     known of them in "metrics": see `apply_with_losses`.
@@ -429,6 +448,60 @@ class Decoder(nn.Module):
             for i in range(c.depth):
                 x = block(c, name=f"blocks_{i}")(x)
         return _logits(c, embed, x)
+
+
+def with_norm_bias(model: Decoder, params: Any) -> tuple[Decoder, Any]:
+    """The same function with biases of norms, which are zero.
+
+    Args:
+        model: a decoder.
+        params: its parameters, which may hold structured weights.
+
+    Returns:
+        The decoder with `norm_bias`, and its parameters.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from wlab.models.decoder import Decoder, tiny, with_norm_bias
+        >>> model, tokens = Decoder(tiny(depth=1)), jnp.zeros((1, 4), jnp.int32)
+        >>> params = model.init(jax.random.key(0), tokens)["params"]
+        >>> model, params = with_norm_bias(model, params)
+        >>> sorted(params["final_norm"])
+        ['bias', 'scale']
+    """
+    if model.config.norm_bias:
+        return model, params
+
+    def added(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        return {
+            name: {**child, "bias": jnp.zeros_like(child["scale"])}
+            if name in _NORMS
+            else added(child)
+            for name, child in node.items()
+        }
+
+    config = dataclasses.replace(model.config, norm_bias=True)
+    return Decoder(config), added(params)
+
+
+def final_norm(model: Decoder | DecoderConfig) -> Callable[[Any, jax.Array], Any]:
+    """A function ``(params, x)`` from what the last block puts out to the head's input.
+
+    Args:
+        model: a decoder, or its config.
+
+    Returns:
+        The function; of the parameters it reads ``final_norm`` alone.
+    """
+    config = model.config if isinstance(model, Decoder) else model
+    norm = _norm(config, "final_norm")
+
+    def read(params: Any, x: jax.Array) -> Any:
+        return norm.apply({"params": params["final_norm"]}, x)
+
+    return read
 
 
 def _embed(config: DecoderConfig) -> nn.Embed:
@@ -487,8 +560,8 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-class _OffsetNorm(nn.Module):
-    """A root-mean-square norm times one plus its scale; both are float32."""
+class _AffineNorm(nn.Module):
+    """A root-mean-square norm with an offset of its scale or a bias, in float32."""
 
     config: DecoderConfig
 
@@ -496,16 +569,24 @@ class _OffsetNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c, size = self.config, x.shape[-1]
         wide = jnp.promote_types(c.dtype, jnp.float32)
-        scale = self.param("scale", nn.initializers.zeros, (size,), c.param_dtype)
+        zeros = nn.initializers.zeros
+        start = zeros if c.norm_offset else nn.initializers.ones
+        scale = self.param("scale", start, (size,), c.param_dtype)
         normed = nn.RMSNorm(epsilon=c.norm_eps, dtype=wide, use_scale=False)(x)
-        factor = 1 + jnp.asarray(scale, wide)
-        return (normed * jnp.expand_dims(factor, range(x.ndim - 1))).astype(c.dtype)
+        factor = jnp.asarray(scale, wide)
+        if c.norm_offset:
+            factor = 1 + factor
+        y = normed * jnp.expand_dims(factor, range(x.ndim - 1))
+        if c.norm_bias:
+            bias = self.param("bias", zeros, (size,), c.param_dtype)
+            y = y + jnp.expand_dims(jnp.asarray(bias, wide), range(x.ndim - 1))
+        return y.astype(c.dtype)
 
 
 def _norm(config: DecoderConfig, name: str) -> nn.Module:
     """The norm of the residual stream."""
-    if config.norm_offset:
-        return _OffsetNorm(config, name=name)
+    if config.norm_offset or config.norm_bias:
+        return _AffineNorm(config, name=name)
     return _rms_norm(config, name)
 
 

@@ -14,7 +14,12 @@ from wlab.quant._awq import search_clip as search_clip
 from wlab.quant._awq import search_scale as search_scale
 from wlab.quant._awq import tie_heads as tie_heads
 from wlab.quant._binary import BinaryCoded as BinaryCoded
+from wlab.quant._blocks import BlockInputs as BlockInputs
+from wlab.quant._blocks import awq_model as awq_model
+from wlab.quant._blocks import map_blocks as map_blocks
+from wlab.quant._blocks import quantlrm_model as quantlrm_model
 from wlab.quant._calibrate import Calibrated as Calibrated
+from wlab.quant._calibrate import Correction as Correction
 from wlab.quant._calibrate import LayerError as LayerError
 from wlab.quant._calibrate import calibrate as calibrate
 from wlab.quant._calibrated import gptaq as gptaq
@@ -33,6 +38,9 @@ from wlab.quant._d2quant import dac_init as dac_init
 from wlab.quant._d2quant import dac_merge as dac_merge
 from wlab.quant._d2quant import dsq as dsq
 from wlab.quant._d2quant import dual_uniform as dual_uniform
+from wlab.quant._d2quant_model import absorb_tree as absorb_tree
+from wlab.quant._d2quant_model import d2quant_model as d2quant_model
+from wlab.quant._d2quant_model import dac as dac
 from wlab.quant._gptq_layout import from_gptq as from_gptq
 from wlab.quant._gptq_layout import to_gptq as to_gptq
 from wlab.quant._grid import GRIDS as GRIDS
@@ -47,6 +55,7 @@ from wlab.quant._layerwise import zd_scores as zd_scores
 from wlab.quant._minmax import MinMax as MinMax
 from wlab.quant._minmax import minmax as minmax
 from wlab.quant._packed import Packed as Packed
+from wlab.quant._packed import bits_per_weight as bits_per_weight
 from wlab.quant._packed import pack as pack
 from wlab.quant._packed import pack_tree as pack_tree
 from wlab.quant._quantize import Granularity as Granularity

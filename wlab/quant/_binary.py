@@ -97,6 +97,13 @@ class BinaryCoded(Weight):
 
         return self._with(cut)
 
+    def transpose(self, permutation: tuple[int, ...]) -> Any:
+        """Exact where only stacked axes change places."""
+        n = self.ndim - 2
+        if tuple(permutation[n:]) != (n, n + 1):
+            return NotImplemented
+        return self._with(lambda x: x.transpose(*permutation[:n], *range(n, x.ndim)))
+
     def reshape(self, shape: tuple[int, ...]) -> Any:
         """Exact where only stacked axes are split or merged."""
         if shape[-2:] != self.shape[-2:]:

@@ -51,6 +51,24 @@ class Calibrated(NamedTuple):
     errors: list[LayerError]  # in the order of the model
 
 
+class Correction(NamedTuple):
+    """What is set right in a block as soon as some of its kernels are compressed.
+
+    What a kernel reads before and after is compared on the inputs of the compressed
+    model, so that a block makes up for what was lost in it alone.
+    """
+
+    after: str  # a kernel within the block: when its stage is done
+    reader: str  # the kernel whose inputs are compared
+
+    statistics: Callable[[jax.Array, jax.Array, Any], Any]
+    """`statistics(now, before, batch)`: arrays that add up, from what `reader` reads,
+    [rows, in], in the block as it is and in the one that is not compressed."""
+
+    update: Callable[[Any, Any], Any]
+    """`update(layer, sums)` returns the block."""
+
+
 def calibrate(
     parts: Layered,
     params: Any,
@@ -59,6 +77,7 @@ def calibrate(
     *,
     select: Any = None,
     importance: Callable[[Any, Any, Any], jax.Array] | None = None,
+    corrections: Sequence[Correction] = (),
     min_rows: int = 32,
     mesh: jax.sharding.Mesh | None = None,
     axis: str = "data",
@@ -80,6 +99,7 @@ def calibrate(
         select: kernels of a block to compress, as in `wlab.core.select`; None for all.
         importance: ``importance(layer, x, batch)`` weighs the rows of a block's inputs,
             [rows]; None: all alike. It sees the block before it is compressed.
+        corrections: what is done between the stages, as `wlab.quant.dac` gives it.
         min_rows: a kernel (an expert) with fewer inputs is rounded to nearest.
         mesh: the rows of each batch are divided over its axis `axis`: every device
             sums its own, and sums are added once for each stage.
@@ -94,7 +114,8 @@ def calibrate(
         that were stacked are stacked again.
 
     Raises:
-        ValueError: for no batches, or kernels that are not seen or not finite.
+        ValueError: for no batches, kernels that are not seen or not finite, or a
+            correction that is for none of them.
 
     Examples:
         >>> from wlab.models import layered
@@ -138,6 +159,14 @@ def calibrate(
     first = layer_at(0)
     plan = _plan(apply, first, hidden[0], batches[0], compressor, select)
     runs = [_Stage(apply, s, importance, min_rows, mesh, axis) for s in plan]
+    paths = [path for stage in plan for path in stage.paths]
+    for correction in corrections:
+        if correction.after not in paths:
+            raise ValueError(
+                f"a correction after {correction.after!r}: the compressed kernels are "
+                + ", ".join(paths)
+            )
+    fixes = [(c.after, _Correct(apply, c, mesh, axis)) for c in corrections]
     out: list[Any] = []
     errors: list[LayerError] = []
     for i in range(found.depth):
@@ -149,6 +178,9 @@ def calibrate(
             for run in runs:
                 layer, made = run(i, layer, fresh, hidden, hidden_fp, batches)
                 mine += made
+                for after, fix in fixes:
+                    if after in run.group.paths:
+                        layer = fix(layer, fresh, hidden, batches)
             errors += mine
             if on_block is not None:
                 on_block(i, layer, mine)
@@ -203,6 +235,39 @@ def _plan(
     return [_Group(paths, [of(path) for path in paths]) for paths in stages]
 
 
+def _inputs(apply: Any, path: str, layer: Any, x: Any, batch: Any) -> jax.Array:
+    """What a kernel reads, [rows, in], with stacked axes in front."""
+    return capture(lambda p, x: apply(p, x, batch), [path])(layer, x)[1][path]
+
+
+class _Sums:
+    """Statistics of all batches added up, by one program for all blocks."""
+
+    def __init__(self, measure: Any, mesh: jax.sharding.Mesh | None, axis: str):
+        def add(sums: Any, *args: Any) -> Any:
+            return jax.tree.map(lambda s, m: s + m[None], sums, measure(*args))
+
+        self.measure, self.like = measure, None
+        self.each = 1 if mesh is None else mesh.shape[axis]
+        self.add = _on_mesh(jax.jit(add, donate_argnums=0), mesh, axis, 3)
+
+    def __call__(self, layer: Any, fresh: Any, *streams: Any) -> Any:
+        """The sums, with a leading axis of devices."""
+        if self.like is None:
+            first = [stream[0] for stream in streams]
+            self.like = jax.eval_shape(self.measure, layer, fresh, *first)
+        sums = jax.tree.map(
+            lambda s: jnp.zeros((self.each, *s.shape), s.dtype), self.like
+        )
+        for args in zip(*streams, strict=True):
+            sums = self.add(sums, layer, fresh, *args)
+        return sums
+
+
+def _whole(sums: Any) -> Any:
+    return jax.tree.map(lambda s: s.sum(0), sums)
+
+
 class _Stage:
     """The programs of one stage."""
 
@@ -216,21 +281,16 @@ class _Stage:
         axis: str,
     ):
         self.group = group
-        self.mesh, self.axis = mesh, axis
-        self.both = any(c.original for c in group.compressors)
+        both = any(c.original for c in group.compressors)
         lead = group.paths[0]
         statistics = next(
             (c.statistics for c in group.compressors if c.original),
             group.compressors[0].statistics,
         )
 
-        def inputs(layer: Any, x: Any, batch: Any) -> jax.Array:
-            fn = capture(lambda p, x: apply(p, x, batch), [lead])
-            return fn(layer, x)[1][lead]
-
         def measure(layer: Any, fresh: Any, x: Any, x_fp: Any, batch: Any) -> Any:
-            read = inputs(layer, x, batch)
-            original = inputs(fresh, x_fp, batch) if self.both else None
+            read = _inputs(apply, lead, layer, x, batch)
+            original = _inputs(apply, lead, fresh, x_fp, batch) if both else None
             weights = None
             if importance is not None:
                 weights = importance(fresh, x, batch)
@@ -245,16 +305,10 @@ class _Stage:
                 fn = jax.vmap(fn, (0, None if original is None else 0, None))
             return fn(read, original, weights)
 
-        def add(sums: Any, *args: Any) -> Any:
-            return jax.tree.map(lambda s, m: s + m[None], sums, measure(*args))
-
-        def solve(layer: Any, sums: Any) -> Any:
-            sums = jax.tree.map(lambda s: s.sum(0), sums)
-            return _solve(layer, sums, group, min_rows)
-
-        self.measure, self.like = measure, None
-        self.add = _on_mesh(jax.jit(add, donate_argnums=0), mesh, axis, 3)
-        self.solve = jax.jit(solve)
+        self.sums = _Sums(measure, mesh, axis)
+        self.solve = jax.jit(
+            lambda layer, sums: _solve(layer, _whole(sums), group, min_rows)
+        )
 
     def __call__(
         self,
@@ -265,15 +319,8 @@ class _Stage:
         hidden_fp: list[Any] | None,
         batches: Any,
     ) -> tuple[Any, list[LayerError]]:
-        if self.like is None:
-            x_fp = None if hidden_fp is None else hidden_fp[0]
-            args = (layer, fresh, hidden[0], x_fp, batches[0])
-            self.like = jax.eval_shape(self.measure, *args)
-        each = 1 if self.mesh is None else self.mesh.shape[self.axis]
-        sums = jax.tree.map(lambda s: jnp.zeros((each, *s.shape), s.dtype), self.like)
-        for n, (x, batch) in enumerate(zip(hidden, batches, strict=True)):
-            x_fp = None if hidden_fp is None else hidden_fp[n]
-            sums = self.add(sums, layer, fresh, x, x_fp, batch)
+        originals = [None] * len(hidden) if hidden_fp is None else hidden_fp
+        sums = self.sums(layer, fresh, hidden, originals, batches)
         made, found = self.solve(layer, sums)
         errors = []
         for path, (error, nearest, rows) in jax.device_get(found).items():
@@ -284,6 +331,32 @@ class _Stage:
                 )
             errors.append(LayerError(i, path, float(error), float(nearest), int(rows)))
         return map_with_path(lambda path, w: made.get(path, w), layer), errors
+
+
+class _Correct:
+    """The programs of one correction."""
+
+    def __init__(
+        self,
+        apply: Any,
+        correction: Correction,
+        mesh: jax.sharding.Mesh | None,
+        axis: str,
+    ):
+        def measure(layer: Any, fresh: Any, x: Any, batch: Any) -> Any:
+            now, before = (
+                _inputs(apply, correction.reader, tree, x, batch)
+                for tree in (layer, fresh)
+            )
+            return correction.statistics(now, before, batch)
+
+        self.sums = _Sums(measure, mesh, axis)
+        self.update = jax.jit(
+            lambda layer, sums: correction.update(layer, _whole(sums))
+        )
+
+    def __call__(self, layer: Any, fresh: Any, hidden: Any, batches: Any) -> Any:
+        return self.update(layer, self.sums(layer, fresh, hidden, batches))
 
 
 def _solve(

@@ -30,6 +30,7 @@ def rtn(
     group: int | None = 128,
     symmetric: bool = False,
     clip: bool = False,
+    scale_dtype: Any = None,
 ) -> Quantized:
     """Round to nearest: the baseline that needs no calibration.
 
@@ -39,9 +40,12 @@ def rtn(
         group: input channels that share a range; None: all of them.
         symmetric: no zero point.
         clip: a shorter range for each group, where its error is less.
+        scale_dtype: of the stored scales, such as float16, to which they are rounded
+            before anything else is; zero points are then stored as uint8. None: all
+            are stored as they are computed.
 
     Returns:
-        The packed kernel, with float32 ranges.
+        The packed kernel, with float32 ranges unless `scale_dtype` says otherwise.
 
     Raises:
         ValueError: for bits that are none, or a kernel that is no matrix.
@@ -51,7 +55,7 @@ def rtn(
         >>> rtn(jnp.linspace(-1, 1, 8)[:, None], bits=2, group=None).shape
         (8, 1)
     """
-    wide, grid = checked(w), _grid(bits, symmetric, clip)
+    wide, grid = checked(w), _grid(bits, symmetric, clip, scale_dtype)
     n, m = w.shape
     size = n if group is None else group
     count = -(-n // size)
@@ -69,6 +73,7 @@ def gptq(
     group: int | None = 128,
     symmetric: bool = False,
     clip: bool = False,
+    scale_dtype: Any = None,
     act_order: Order = False,
     static_groups: bool = False,
     damping: float = 0.01,
@@ -83,6 +88,7 @@ def gptq(
         group: input channels that share a range; None: all of them.
         symmetric: no zero point.
         clip: a shorter range for each group, where its error is less.
+        scale_dtype: of the stored scales; see `rtn`.
         act_order: the most active channels first. Groups are then of channels in this
             order, and so is what is returned, but with `static_groups`. "groups": the
             most active groups first, and within them these channels; groups stay what
@@ -92,8 +98,8 @@ def gptq(
         block: channels that are compensated one by one before the others are.
 
     Returns:
-        The packed kernel, with float32 ranges; a `Permuted` one if its channels are
-        stored by activity.
+        The packed kernel, with float32 ranges unless `scale_dtype` says otherwise; a
+        `Permuted` one if its groups are of channels by activity.
 
     Raises:
         ValueError: for bits that are none, shapes that do not fit, or group and block
@@ -116,6 +122,7 @@ def gptq(
         group=group,
         symmetric=symmetric,
         clip=clip,
+        scale_dtype=scale_dtype,
         act_order=act_order,
         static_groups=static_groups,
         damping=damping,
@@ -132,6 +139,7 @@ def gptaq(
     group: int | None = 128,
     symmetric: bool = False,
     clip: bool = False,
+    scale_dtype: Any = None,
     act_order: Order = False,
     static_groups: bool = False,
     damping: float = 0.01,
@@ -150,6 +158,7 @@ def gptaq(
         group: as in `gptq`.
         symmetric: as in `gptq`.
         clip: as in `gptq`.
+        scale_dtype: as in `rtn`.
         act_order: as in `gptq`.
         static_groups: as in `gptq`.
         damping: as in `gptq`.
@@ -166,7 +175,7 @@ def gptaq(
         TypeError: as `gptq` does.
     """
     wide = checked(w)
-    grid = _grid(bits, symmetric, clip)
+    grid = _grid(bits, symmetric, clip, scale_dtype)
     h = h.astype(wide.dtype)
     d = None if d is None else d.astype(wide.dtype)
     by_group = act_order == "groups" and group is not None
@@ -191,7 +200,11 @@ def gptaq(
     if by_group:
         ranges = jax.tree.map(lambda x: restored(x, found.order, group), ranges)
         return _packed(w, grid, codes, ranges, group)
-    return Permuted(_packed(w, grid, codes[found.order], ranges, group), found.order)
+    # Within a group the channels are where they were: that is all that a list of the
+    # channels' groups can tell, as files have it.
+    rank = jnp.argsort(found.order)
+    order = jnp.argsort(rank // group, stable=True).astype(found.order.dtype)
+    return Permuted(_packed(w, grid, codes[order], ranges, group), order)
 
 
 def rescomp(
@@ -243,20 +256,25 @@ def checked(w: jax.Array) -> jax.Array:
     return w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
 
-def _grid(bits: int, symmetric: bool, clip: bool) -> Uniform:
+def _grid(bits: int, symmetric: bool, clip: bool, scale_dtype: Any) -> Uniform:
     if not 2 <= bits <= 8:
         raise ValueError(f"bits={bits}: kernels are stored at 2 to 8")
-    return Uniform(bits, symmetric, clip)
+    if scale_dtype is not None and not jnp.issubdtype(scale_dtype, jnp.floating):
+        raise TypeError(f"scale_dtype={scale_dtype}: scales are floats")
+    return Uniform(bits, symmetric, clip, scale_dtype)
 
 
 def _packed(
     w: jax.Array, grid: Uniform, codes: jax.Array, found: Range, group: int | None
 ) -> Quantized:
     stored = get_grid(f"{'int' if grid.symmetric else 'uint'}{grid.bits}")
+    scale, zero = found
+    if grid.scale_dtype is not None:
+        scale, zero = scale.astype(grid.scale_dtype), zero.astype(jnp.uint8)
     return Quantized(
         codes=stored.encode(codes),
-        scale=found.scale,
-        zero=None if grid.symmetric else found.zero,
+        scale=scale,
+        zero=None if grid.symmetric else zero,
         grid=stored,
         block=(WHOLE if group is None else group, EACH),
         dense_dtype=np.dtype(w.dtype),

@@ -35,8 +35,8 @@ class Quantized(Weight):
     """
 
     codes: jax.Array  # grid.storage, of the weight's shape
-    scale: jax.Array  # float32, per axis: 1 (whole), n (each) or ceil(n / group)
-    zero: jax.Array | None  # float32, like scale, in units of codes; None for zero
+    scale: jax.Array  # float, per axis: 1 (whole), n (each) or ceil(n / group)
+    zero: jax.Array | None  # like scale, in units of codes, float or uint8; None: zero
     grid: Grid = eqx.field(static=True)
     block: tuple[int, ...] = eqx.field(static=True)  # WHOLE, EACH or a group length,
     # for the last axes; those in front of them have a scale each
@@ -60,12 +60,12 @@ class Quantized(Weight):
         return jax.core.ShapedArray(self.codes.shape, self.dense_dtype)
 
     def materialise(self) -> jax.Array:
-        """The dense array, computed in the dtype of the scales and rounded once."""
+        """The dense array, computed in float32 at least and rounded once."""
         return self._decode(self.codes, self.scale, self.zero, self._blocks)
 
     def values(self) -> jax.Array:
-        """The dense array in the dtype of the scales, before the last rounding."""
-        return self._replace(dtype=self.scale.dtype).materialise()
+        """The dense array in the dtype that it is computed in, before that rounding."""
+        return self._replace(dtype=wide(self.scale)).materialise()
 
     def specs(self, spec: jax.P) -> "Quantized":
         """Codes as the weight itself; scales too, but where one serves a whole axis."""
@@ -154,7 +154,7 @@ class Quantized(Weight):
         """Standing for another float dtype: the same codes."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return NotImplemented
-        if self.dense_dtype != self.scale.dtype:
+        if self.dense_dtype != wide(self.scale):
             return NotImplemented  # a value that was rounded stays rounded
         return self._replace(dtype=np.dtype(dtype))
 
@@ -207,8 +207,10 @@ class Quantized(Weight):
         zero: Any,
         blocks: tuple[int, ...],
     ) -> jax.Array:
+        scale = scale.astype(wide(scale))  # narrow ones are only stored so
         values = self.grid.decode(codes, scale.dtype)
         if zero is not None:
+            zero = zero.astype(scale.dtype)
             values = values - expand(zero, codes.shape, blocks)
         return (values * expand(scale, codes.shape, blocks)).astype(self.dense_dtype)
 
@@ -259,6 +261,11 @@ class _Codes:
 
 # Pytrees are rebuilt attribute by attribute: this sees every way in.
 Quantized.codes = _Codes()  # type: ignore[assignment]
+
+
+def wide(scale: jax.Array) -> np.dtype:
+    """The dtype in which codes are decoded."""
+    return np.dtype(jnp.promote_types(scale.dtype, jnp.float32))
 
 
 def expand(

@@ -92,6 +92,7 @@ def attention_concentration_of(
     *,
     normalize: Normalize | None = None,
     scale: float | None = None,
+    window: int | None = None,
     chunk: int = 128,
 ) -> jax.Array:
     """`attention_concentration` of causal attention that is computed here.
@@ -105,6 +106,7 @@ def attention_concentration_of(
         r_max: as there.
         normalize: as there.
         scale: of the scores; None for one over the root of head_dim.
+        window: a token attends to so many, itself the last; None for all before it.
         chunk: queries at a time.
 
     Returns:
@@ -131,8 +133,11 @@ def attention_concentration_of(
     def some(received: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         scores = jnp.einsum("bqghd,bkgd->bghqk", q[:, i], k, precision=_HIGHEST)
         query_at = i * size + jnp.arange(size)
-        seen = (key_at[None] <= query_at[:, None])[None, None, None]
-        scores = jnp.where(seen, scores, -jnp.inf)
+        back = query_at[:, None] - key_at[None]
+        seen = (back >= 0) if window is None else (back >= 0) & (back < window)
+        # Queries behind the last token see what they may: they do not count.
+        seen |= (query_at >= t)[:, None]
+        scores = jnp.where(seen[None, None, None], scores, -jnp.inf)
         probs = jax.nn.softmax(scores, -1)
         real = (query_at < t)[None, None, None, :, None]
         return received + jnp.sum(jnp.where(real, probs, 0), (1, 2, 3)), None

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from wlab.quant import _calibrated
+from wlab.quant import _calibrated, _d2quant
 from wlab.quant._statistics import Moments, moments
 
-__all__ = ["Compressor", "gptaq", "gptq", "rescomp", "rtn"]
+__all__ = ["Compressor", "d2quant", "gptaq", "gptq", "rescomp", "rtn"]
 
 
 class Compressor(NamedTuple):
@@ -74,12 +74,24 @@ def rescomp(**options: Any) -> Compressor:
     return Compressor(moments, compress, _nearest(options), original=True)
 
 
+def d2quant(**options: Any) -> Compressor:
+    """D2Quant's dual scales; takes the options of `wlab.quant.d2quant`."""
+
+    def compress(w: jax.Array, sums: Moments) -> Any:
+        return _d2quant.d2quant(w, sums.h, sums.cross, **options)
+
+    kept = {name: options[name] for name in ("bits", "group") if name in options}
+    nearest = functools.partial(_d2quant.dsq, **kept)
+    # The scale of an input channel is one for all outputs of a kernel.
+    return Compressor(moments, compress, nearest, original=True, independent=False)
+
+
 def _plain(x: jax.Array, original: Any, weights: jax.Array | None) -> Moments:
     del original
     return moments(x, None, weights)
 
 
 def _nearest(options: dict[str, Any]) -> Callable[[jax.Array], Any]:
-    grid = ("bits", "group", "symmetric", "clip")
+    grid = ("bits", "group", "symmetric", "clip", "scale_dtype")
     kept = {name: options[name] for name in grid if name in options}
     return functools.partial(_calibrated.rtn, **kept)

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -54,6 +54,7 @@ class Config:
       calibration: sequences of the training text that methods see; a multiple of 8.
       bits: of a weight, for each arm in turn.
       group: input channels that share a range.
+      kernels: of a block, those that are compressed; () for all. For GPTQ and its kin.
       seeds: how many decoders, each with its own calibration sequences.
     """
 
@@ -67,6 +68,7 @@ class Config:
     calibration: int = 64
     bits: tuple[int, ...] = (2, 3, 4)
     group: int = 32
+    kernels: tuple[str, ...] = ()
     seeds: int = 3
 
 
@@ -79,6 +81,7 @@ BRIEF = Config(
     calibration=8,
     bits=(3,),
     group=16,
+    kernels=("mlp/down/kernel",),
     seeds=1,
 )
 
@@ -91,6 +94,7 @@ class Base(NamedTuple):
     calibration: np.ndarray  # int32 [steps, 8, length]
     held_out: jax.Array  # int32 [steps, batch, length + 1]
     seed: int
+    kernels: Sequence[str] | None = None  # of a block, that are compressed; None: all
 
 
 class Side(NamedTuple):
@@ -171,6 +175,7 @@ def train_base(config: Config, seed: int, kept: Run, bar: Any) -> Base:
         np.stack(calibration),
         jnp.asarray(held_out),
         seed,
+        config.kernels or None,
     )
 
 
@@ -280,7 +285,7 @@ def report_of(
     claim: str,
     config: Any,
     sides: Sequence[Side],
-    findings: Callable[[Mapping[str, Arm]], Sequence[Finding | None]],
+    findings: Callable[[Mapping[str, Arm]], Iterable[Finding | None]],
     *,
     out: pathlib.Path | None,
     progress: bool,

@@ -16,7 +16,7 @@ from wlab.recipes.gptq import gptq, made_by, rounded
 
 __all__ = ["QUICK", "Config", "figure", "run"]
 
-QUICK = dataclasses.replace(BRIEF, only=("GPTAQ, ",))
+QUICK = dataclasses.replace(BRIEF, only=("GPTQ, 3", "GPTAQ, 3"))
 
 SIDES = (
     Side("RTN", rounded, baseline=True),

@@ -32,7 +32,9 @@ QUICK = dataclasses.replace(BRIEF, only=("RTN", "GPTQ, 3"))
 
 def compressed(base: Base, method: Any) -> tuple[Any, dict[str, float]]:
     """The decoder compressed block by block, and how well outputs are kept."""
-    made = calibrate(parts_of(base), base.params, base.calibration, method)
+    made = calibrate(
+        parts_of(base), base.params, base.calibration, method, select=base.kernels
+    )
     return made.params, error_of(made.errors)
 
 

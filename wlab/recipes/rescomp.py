@@ -16,7 +16,7 @@ from wlab.recipes.gptq import gptq, made_by, rounded
 
 __all__ = ["QUICK", "Config", "figure", "run"]
 
-QUICK = dataclasses.replace(BRIEF, only=("ResComp, 3",))
+QUICK = dataclasses.replace(BRIEF, only=("RTN, 3", "ResComp, 3"))
 
 SIDES = (
     Side("RTN", rounded, baseline=True),

@@ -55,12 +55,19 @@ class Progress:
             disable=not (console.is_terminal if show is None else show),
         )
 
-    def add(self, name: str, steps: int) -> Callable[[int, Mapping[str, Any]], None]:
+    def add(
+        self,
+        name: str,
+        steps: int,
+        *,
+        show: Callable[[Mapping[str, Any]], str] | None = None,
+    ) -> Callable[[int, Mapping[str, Any]], None]:
         """Adds a bar.
 
         Args:
             name: what runs.
             steps: steps until its end.
+            show: what to write of the metrics; None: their loss.
 
         Returns:
             `bar(step, metrics)`, to be called as the run goes on: the `progress` of
@@ -71,7 +78,9 @@ class Progress:
 
         def bar(step: int, metrics: Mapping[str, Any]) -> None:
             self._bars.update(task, completed=step)
-            if "loss" in metrics:
+            if show is not None:
+                self._bars.update(task, loss=show(metrics))
+            elif "loss" in metrics:
                 self._bars.update(task, loss=f"loss {np.mean(metrics['loss']):.4f}")
 
         return bar

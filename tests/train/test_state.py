@@ -16,7 +16,7 @@ from wlab import data, quant, train
 from wlab.core import sharding
 from wlab.models.decoder import Decoder, tiny
 
-_STEPS = 20
+_STEPS = 12
 
 
 def _model() -> Decoder:

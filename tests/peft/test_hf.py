@@ -118,6 +118,7 @@ def test_what_does_not_fit_is_told(tmp_path: pathlib.Path):
         peft.from_hf(HERE / "lora", base, few)
     for changes, tensors, message in (
         ({"peft_type": "LOHA"}, {}, "'LOHA' are not read"),
+        ({"alpha_pattern": {"q_proj": 4}}, {}, "alpha_pattern=.* is not read"),
         ({}, {"base_model.model.x.other": np.ones(2)}, "none that wlab reads"),
     ):
         config = json.loads((HERE / "lora" / "adapter_config.json").read_text())

@@ -210,6 +210,12 @@ def _method(
     select: Any,
     views: Mapping[Pattern, MatrixView | None] | None,
 ) -> Reparam:
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise ValueError(
+                f"{key}={config[key]} is not read: targets with a rank or a scale of "
+                "their own would be scaled wrongly; read them as adapters of their own"
+            )
     kind, options = config.get("peft_type"), {"select": select, "views": views}
     if kind == "LORA":
         return lora(

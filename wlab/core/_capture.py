@@ -199,10 +199,11 @@ class _Tapped(Operator):
         out = dispatch(lax.conv_general_dilated_p, inputs, self.base, **params)
         numbers = params["dimension_numbers"]
         tap = self.action
+        assert isinstance(tap, _Tap)
         if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
             raise ValueError(
-                f"{_of(tap)}: a convolution in groups has no one matrix of inputs: "
-                "leave it out of `select`"
+                f"leaf {tap.path!r}: a convolution in groups has no one matrix of "
+                "inputs: leave it out of `select`"
             )
         rhs = numbers.rhs_spec  # out, in, spatial...
         order = [a % self.ndim for a in self.view.inputs]
@@ -223,16 +224,9 @@ class _Tapped(Operator):
         to = [lead + list(rhs[1:]).index(a) for a in order]
         windows = windows.transpose(*range(lead), *to)
         windows = windows.reshape(-1, math.prod(split))
-        assert self.action is not None
-        zero = self.action(self.parts, self.shared, windows)
-        tap = self.action
-        assert isinstance(tap, _Tap)
+        zero = tap(self.parts, self.shared, windows)
         tap.log[-1] = (*tap.log[-1][:2], inputs)
         return out + jnp.sum(zero).astype(out.dtype)
-
-
-def _of(tap: Any) -> str:
-    return f"leaf {tap.path!r}"
 
 
 def _chosen(params: Any, select: Select | None) -> dict[str, Leaf]:

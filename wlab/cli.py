@@ -179,7 +179,9 @@ def _add_quantize(commands: Any) -> None:
     )
     made.add_argument("model", metavar="MODEL", help="a folder of Hugging Face")
     made.add_argument(
-        "--method", default="gptq", choices=("rtn", "gptq", "gptaq", "rescomp")
+        "--method",
+        default="gptq",
+        choices=("rtn", "gptq", "gptaq", "rescomp", "rsq", "awq"),
     )
     made.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8")
     made.add_argument(

@@ -25,16 +25,41 @@ import jax.numpy as jnp
 import numpy as np
 
 from wlab import _safetensors, train
-from wlab.core import find_layers, leaves_with_paths, lift, map_with_path
-from wlab.models import _hf, _hf_gptq, from_hf, layered
+from wlab.core import (
+    Layered,
+    find_layers,
+    leaves_with_paths,
+    lift,
+    map_with_path,
+    matrix_views,
+    random_hadamard,
+    random_orthogonal,
+)
+from wlab.models import (
+    _hf,
+    _hf_gptq,
+    decoder_groups,
+    decoder_importance,
+    from_hf,
+    layered,
+    rotated,
+)
 from wlab.models._hf_gptq import Stored
 from wlab.models.decoder import Decoder, DecoderConfig
-from wlab.quant import Calibrated, LayerError, calibrate, compressors
+from wlab.quant import (
+    BlockInputs,
+    LayerError,
+    awq,
+    calibrate,
+    compressors,
+    map_blocks,
+    minmax,
+)
 from wlab.quant._gptq_layout import BITS
 
 __all__ = ["METHODS", "Quantization", "quantize"]
 
-Method = Literal["rtn", "gptq", "gptaq", "rescomp"]
+Method = Literal["rtn", "gptq", "gptaq", "rescomp", "rsq", "awq"]
 METHODS: tuple[str, ...] = get_args(Method)
 _LONGEST = 2048
 _STATE = "state.json"  # of a run that is not at its end
@@ -170,7 +195,11 @@ def quantize(
         calibration: a text, tokenised by the tokenizer of `model`; without one and with
             256 tokens, its bytes are the tokens. Or a file ``.npy`` of tokens. The last
             tenth is held out.
-        method: rtn, gptq, gptaq or rescomp.
+        method: rtn, gptq, gptaq or rescomp; rsq, which is gptq of a model that is
+            turned by a random rotation, with tokens weighed by the attention that they
+            receive; or awq, which scales and clips in full precision, so that what is
+            lost is told of blocks and not of kernels. The head of a turned model is its
+            own.
         bits: of a code: 2, 3, 4 or 8.
         group: inputs that share a range; None: all.
         sequences: that the method sees at most, spread over the text; and that are held
@@ -178,9 +207,9 @@ def quantize(
         length: tokens of a sequence. None: 2048, or fewer where the model was made for
             fewer or the text has no 20 such sequences.
         batch: sequences at a time.
-        symmetric: no zero points.
-        clip: a shorter range for each group, where its error is less.
-        act_order: the most active channels first, in groups of their own.
+        symmetric: no zero points; not for awq.
+        clip: a shorter range for each group, where its error is less; awq always does.
+        act_order: the most active channels first, in groups of their own; not for awq.
         resume: go on with the run that was stopped, or begin.
         progress: whether to draw a bar, if stderr is a terminal.
 
@@ -198,6 +227,11 @@ def quantize(
     folder, source = pathlib.Path(out), pathlib.Path(model)
     partial = folder.with_name(folder.name + ".partial")
     _check_options(method, bits, group, sequences, length, batch)
+    if method == "awq" and (symmetric or act_order):
+        raise ValueError(
+            "awq has zero points and leaves channels in their order: symmetric and "
+            "act_order are not for it"
+        )
     if folder.exists() or folder.is_symlink():
         raise FileExistsError(f"{folder} is there already: name a new folder")
     if partial.exists() and not resume:
@@ -208,7 +242,9 @@ def quantize(
     raw = _hf._json(source / _hf._CONFIG)
     if _hf_gptq.read_config(raw, source) is not None:
         raise ValueError(f"{source} is quantised already: give the model of floats")
-    decoder, params = from_hf(source, scan=True)
+    decoder, params = whole = from_hf(source, scan=True)
+    if method == "rsq":
+        decoder, params = _turned(decoder, params)
     stored = Stored(
         bits, group, symmetric, act_order, "gptq" if symmetric else "gptq_v2"
     )
@@ -242,10 +278,14 @@ def quantize(
     try:
         run.open()
         if run.before is None:
-            run.before = _perplexity(decoder, params, held)
+            run.before = _perplexity(*whole, held)
             run.save(start)
-        made = _calibrated(run, seen, _compressor(settings), progress, start)
-        after = _perplexity(decoder, made.params, held)
+        del whole
+        with train.Progress(show=None if progress else False) as bars:
+            bar = bars.add("blocks", run.depth, show=_objective)
+            make = _scaled if method == "awq" else _calibrated
+            made = make(run, jnp.asarray(seen), settings, bar, start)
+        after = _perplexity(decoder, made, held)
     except ValueError:
         # The same would go wrong again: nothing is kept of a run that has just begun.
         if not begun:
@@ -315,7 +355,7 @@ class _Run:
                 )
         self.before, self.spent = state["before"], state["seconds"]
         self.errors = [LayerError(**error) for error in state["errors"]]
-        self.done = [self._read(i) for i in range(state["blocks"])]
+        self.done = [self.read(i) for i in range(state["blocks"])]
 
     def save(self, start: float) -> None:
         """Writes what is known of the run; the old or the new is there, whole."""
@@ -377,7 +417,7 @@ class _Run:
         ]
         return {"all": 8 * sum(sizes.values()), "kernels": 8 * sum(kernels)}
 
-    def _read(self, i: int) -> Any:
+    def read(self, i: int) -> Any:
         """A block that was written."""
         file = self._file(i)
         if not file.exists():
@@ -426,33 +466,98 @@ def _replace(path: pathlib.Path, write: Any) -> None:
 
 
 def _calibrated(
-    run: _Run,
-    seen: np.ndarray,
-    compressor: compressors.Compressor,
-    progress: bool,
-    start: float,
-) -> Calibrated:
+    run: _Run, seen: jax.Array, settings: Mapping[str, Any], bar: Any, start: float
+) -> Any:
+    """Blocks that are compressed with the inputs that the compressed ones give."""
+    bar(len(run.done), {"errors": run.errors})
+
+    def on_block(i: int, layer: Any, errors: list[LayerError]) -> None:
+        run.add(i, layer, errors, start)
+        bar(i + 1, {"errors": errors})
+
+    rsq = settings["method"] == "rsq"
+    return calibrate(
+        _parts(run.model),
+        run.params,
+        seen,
+        _compressor(settings),
+        importance=decoder_importance(run.model) if rsq else None,
+        done=list(run.done),
+        on_block=on_block,
+    ).params
+
+
+def _scaled(
+    run: _Run, seen: jax.Array, settings: Mapping[str, Any], bar: Any, start: float
+) -> Any:
+    """Blocks that are scaled, clipped and rounded with the original inputs."""
+    parts, batch = _parts(run.model), seen.shape[1]
+    groups = decoder_groups(run.model.config, seen.shape[-1])
+    options = {"bits": settings["bits"], "group": settings["group"]}
+    kernels = {path for one in groups for path in one.paths}
+    block: Any = lift(parts.block)
+
+    @jax.jit
+    def one(layer: Any, inputs: BlockInputs) -> Any:
+        views = matrix_views(layer)
+
+        def rounded(path: str, w: Any) -> Any:
+            return minmax(w, view=views[path], **options) if path in kernels else w
+
+        def added(layer: Any) -> jax.Array:
+            # What a block adds to its stream, in which errors would not be seen.
+            return jax.lax.map(
+                lambda x: block(layer, x[None], seen[0, :1])[0] - x,
+                inputs.x,
+                batch_size=batch,
+            )
+
+        made = awq(layer, inputs.kernels, groups, **options)
+        want = added(layer)
+        whole = jnp.sum(want**2)
+        return made, [
+            jnp.sum((added(tree) - want) ** 2) / whole
+            for tree in (made, map_with_path(rounded, layer))
+        ]
+
+    def fn(i: int, layer: Any, inputs: BlockInputs) -> Any:
+        if i >= len(run.done):
+            made, errors = one(layer, inputs)
+            rows = math.prod(inputs.x.shape[:-1])
+            found = LayerError(i, "block", *map(float, errors), rows)
+            run.add(i, made, [found], start)
+        bar(i + 1, {"errors": run.errors[i : i + 1]})
+        return run.read(i)  # as it is stored: with ranges of 16 bits
+
+    bar(len(run.done), {"errors": run.errors})
+    leads = [one.paths[0] for one in groups]
+    return map_blocks(parts, run.params, seen, fn, select=leads)
+
+
+def _parts(model: Decoder) -> Layered:
     def loss(logits: jax.Array, batch: Any) -> jax.Array:
         del batch
         return jnp.mean(logits)
 
-    parts = layered(run.model, loss, inputs=lambda tokens: tokens)
-    with train.Progress(show=None if progress else False) as bars:
-        bar = bars.add("blocks", run.depth, show=_objective)
-        bar(len(run.done), {"errors": run.errors})
+    return layered(model, loss, inputs=lambda tokens: tokens)
 
-        def on_block(i: int, layer: Any, errors: list[LayerError]) -> None:
-            run.add(i, layer, errors, start)
-            bar(i + 1, {"errors": errors})
 
-        return calibrate(
-            parts,
-            run.params,
-            jnp.asarray(seen),
-            compressor,
-            done=list(run.done),
-            on_block=on_block,
-        )
+def _turned(model: Decoder, params: Any) -> tuple[Decoder, Any]:
+    """The same function with its stream turned, in the same architecture."""
+    width = model.config.width
+    try:
+        q = random_hadamard(0, width)
+    except ValueError:
+        q = random_orthogonal(0, width)
+    turned, new = rotated(model, params, q)
+    if not model.config.norm_offset:
+        return turned, new
+
+    def less(path: str, x: jax.Array) -> jax.Array:
+        return x - 1 if path.endswith("norm/scale") else x
+
+    config = dataclasses.replace(turned.config, norm_offset=True)
+    return Decoder(config), map_with_path(less, new)
 
 
 def _objective(metrics: Mapping[str, Any]) -> str:
@@ -468,6 +573,8 @@ def _compressor(settings: Mapping[str, Any]) -> compressors.Compressor:
     options = {k: settings[k] for k in ("bits", "group", "symmetric", "clip")}
     options["scale_dtype"] = jnp.float16
     method, group = settings["method"], settings["group"]
+    if method == "rsq":
+        method = "gptq"
     if method != "rtn":
         options["act_order"] = settings["act_order"]
         if group is not None and 128 % group and group % 128:

@@ -719,6 +719,8 @@ def _written(
     shape = _shape(config)
     if folder is not None:
         raw = _json(folder / _CONFIG)
+        # A head may have become its own.
+        raw |= {"tie_word_embeddings": config.tied}
         theirs = _shape(_config(raw, folder))
         if theirs != shape:
             differ = [

@@ -16,7 +16,7 @@ import numpy as np
 
 from wlab.core import MatrixView, as_matrices, from_matrices
 from wlab.quant._grid import get_grid
-from wlab.quant._quantized import EACH, WHOLE, Quantized
+from wlab.quant._quantized import EACH, WHOLE, Quantized, spread
 from wlab.quant._uniform import Range
 
 _TINY = 1e-5  # the least range: of a group of equal weights
@@ -118,7 +118,13 @@ def minmax(
 
     block = [EACH] * w.ndim
     sizes = [w.shape[axis] for axis in view.inputs]
-    for axis, length in zip(view.inputs, _blocks(sizes, group), strict=True):
+    lengths = spread(sizes, min(group or math.prod(sizes), math.prod(sizes)))
+    if lengths is None:
+        raise ValueError(
+            f"group={group} does not fall on the borders of input axes of sizes "
+            f"{sizes}: take a divisor of the last or a multiple of it"
+        )
+    for axis, length in zip(view.inputs, lengths, strict=True):
         block[axis] = length
     shape = tuple(
         1 if b == WHOLE else -(-n // b) for n, b in zip(w.shape, block, strict=True)
@@ -162,24 +168,3 @@ def join(parts: jax.Array, n: int) -> jax.Array:
 def _beside(found: Range) -> Range:
     """Ranges [..., groups, out] that broadcast against the groups."""
     return Range(*(x[..., None, :] for x in found))
-
-
-def _blocks(sizes: list[int], group: int | None) -> list[int]:
-    """How a group of flattened input channels lies in each of the input axes."""
-    out: list[int] = []
-    left = math.prod(sizes) if group is None else min(group, math.prod(sizes))
-    for i, n in reversed(list(enumerate(sizes))):
-        if left == 1:
-            out.append(EACH)
-        elif left >= n and left % n == 0:
-            out.append(WHOLE)
-            left //= n
-        elif left < n and (n % left == 0 or i == 0):
-            out.append(left)
-            left = 1
-        else:
-            raise ValueError(
-                f"group={group} does not fall on the borders of input axes of sizes "
-                f"{sizes}: take a divisor of the last or a multiple of it"
-            )
-    return out[::-1]

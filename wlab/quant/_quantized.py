@@ -130,13 +130,14 @@ class Quantized(Weight):
         new_blocks = [WHOLE] * len(shape)
         for old_axes, new_axes in groups:
             kinds = {blocks[i] for i in old_axes if self.shape[i] != 1} or {WHOLE}
-            if len(kinds) > 1:
+            if kinds in ({WHOLE}, {EACH}):
+                found: list[int] | None = [*kinds] * len(new_axes)
+            else:
+                run = _run(*([x[i] for i in old_axes] for x in (self.shape, blocks)))
+                found = run and spread([shape[i] for i in new_axes], run)
+            if found is None:
                 return NotImplemented
-            (kind,) = kinds
-            wide = [i for i in new_axes if shape[i] != 1]
-            if kind > EACH and (len(old_axes) > 1 or len(wide) > 1):
-                return NotImplemented
-            for i in new_axes:
+            for i, kind in zip(new_axes, found, strict=True):
                 new_blocks[i] = kind
         new = tuple(
             1 if b == WHOLE else -(-n // b)
@@ -234,6 +235,49 @@ class Quantized(Weight):
             dense_dtype=dtype or self.dense_dtype,
             matrix_view=self.matrix_view if view is False else view,
         )
+
+
+def spread(sizes: Sequence[int], run: int) -> list[int] | None:
+    """The block of each axis where so many neighbours share a scale.
+
+    Args:
+        sizes: of axes that are flattened, the last one fastest.
+        run: neighbours on the flattened axis.
+
+    Returns:
+        The blocks; None where a run does not fall on the borders of the axes.
+
+    Examples:
+        >>> spread((4, 8), 16) == [2, WHOLE], spread((4, 8), 4) == [EACH, 4]
+        (True, True)
+    """
+    out: list[int] = []
+    for i, n in reversed([*enumerate(sizes)]):
+        if run == 1:
+            out.append(EACH)
+        elif run >= n and run % n == 0:
+            out.append(WHOLE)
+            run //= n
+        elif run < n and (n % run == 0 or i == 0):
+            out.append(run)
+            run = 1
+        else:
+            return None
+    return out[::-1]
+
+
+def _run(sizes: Sequence[int], blocks: Sequence[int]) -> int | None:
+    """How many neighbours share a scale, the inverse of `spread`."""
+    run, closed, ragged = 1, False, False
+    for n, block in zip(reversed(sizes), reversed(blocks), strict=True):
+        if n == 1:
+            continue
+        if ragged or (closed and block != EACH):
+            return None
+        run *= n if block == WHOLE else min(block, n)
+        closed = block != WHOLE
+        ragged = block > EACH and n % block != 0
+    return run
 
 
 class _Codes:

@@ -164,6 +164,7 @@ def train_base(config: Config, seed: int, kept: Run, bar: Any) -> Base:
         every=max(1, config.base_steps // 20),
         progress=bar,
     )
+    kept.save_model(f"base {seed}", model, state.params)
     # Other windows than those of training: the order of another seed.
     fresh = data.windows(text.train, batch=8, length=config.length, seed=1000 + seed)
     rows = iter(fresh)

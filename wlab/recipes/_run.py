@@ -112,7 +112,7 @@ class Run:
                 "another folder"
             )
         if _writes():
-            for name in ("arms", "checkpoints", "metrics") if ours else ():
+            for name in ("arms", "checkpoints", "metrics", "models") if ours else ():
                 shutil.rmtree(out / name, ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
             _write(out / "config.json", head)
@@ -184,6 +184,24 @@ class Run:
             with train.MetricsWriter(path, append=True) as writer:
                 options |= {"metrics": writer}
                 return train.fit(step, state, batches, steps=steps, **options)
+
+    def save_model(self, name: str, model: Any, params: Any) -> None:
+        """Writes a decoder into ``models/NAME``, where it outlives the run.
+
+        `wlab.models.from_hf`, ``wlab quantize`` and transformers read it.
+
+        Args:
+          name: What it is called.
+          model: The decoder.
+          params: Its parameters.
+        """
+        from wlab.models import to_hf  # here, so that reports can be read without jax
+
+        if self._out is None or not _writes():
+            return
+        folder = self._out / "models" / self._file_name(name)
+        if not folder.exists():
+            to_hf(folder, model, params)
 
     def _checkpoints(self, name: str) -> pathlib.Path:
         assert self._out is not None

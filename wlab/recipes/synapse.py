@@ -57,7 +57,14 @@ class Config:
     seeds: int = 8
 
 
-QUICK = Config(curvatures=(float("inf"), 1.0), rates=(0.05, 0.1), seeds=4)
+QUICK = Config(
+    curvatures=(float("inf"), 1.0),
+    hidden=64,
+    epochs=2,
+    images=1000,
+    rates=(0.1,),
+    seeds=2,
+)
 
 _SOFTWARE, _UNLIKE = "software SGD", "unidirectional, unlike devices"
 _SCHEMES: dict[str, synapse.Scheme] = {
@@ -87,12 +94,12 @@ def run(
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     k_start, k_order = jax.vmap(jax.random.split, out_axes=1)(keys)
     # Outside of the compiled runs, whose compilation it would fill.
-    examples = jax.vmap(functools.partial(_examples, config, split))(k_order)
+    examples = jax.jit(jax.vmap(functools.partial(_examples, config, split)))(k_order)
     curvatures = jnp.asarray(config.curvatures)
     arms = {name: (scheme, 0.0) for name, scheme in _SCHEMES.items()}
     arms[_UNLIKE] = (_SCHEMES[_OURS], config.sigma)
     starts = {
-        name: jax.vmap(functools.partial(_start, config, *arm))(k_start)
+        name: jax.jit(jax.vmap(functools.partial(_start, config, *arm)))(k_start)
         for name, arm in arms.items()
     }
     found: dict[str, np.ndarray] = {}

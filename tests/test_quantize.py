@@ -82,7 +82,7 @@ def _whole(bytes_model: pathlib.Path) -> tuple[pathlib.Path, Any]:
 
         patch.setattr(module, "_calibrated", keep)
         assert run(bytes_model, out, *ORDERED) == 0
-    return out, kept[0].params
+    return out, kept[0]
 
 
 def _is_what_was_made(whole: Any):
@@ -189,6 +189,29 @@ def _goes_on(
     for file in whole[0].glob("*.safetensors"):
         assert file.read_bytes() == (out / file.name).read_bytes()
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("method", ["rsq", "awq"])
+def test_methods_that_change_more_than_kernels(
+    bytes_model: pathlib.Path, tmp_path: pathlib.Path, method: str
+):
+    out = tmp_path / "out"
+    options = [*OPTIONS, "--bits", "8", "--no-progress", "--method", method]
+    assert run(bytes_model, out, *options) == 0
+    report = json.loads((out / "report.json").read_text())
+    kinds = report["kinds"]
+    assert set(kinds) == {"block"} if method == "awq" else len(kinds) == 7
+    assert np.mean([k["error"] / k["nearest"] for k in kinds.values()]) < 1
+    # What is read again is what was measured, and a float model but for rounding.
+    model, params = from_hf(out, scan=True)
+    tokens = np.frombuffer((bytes_model.parent / "text.txt").read_bytes(), np.uint8)
+    tokens = tokens[-64:].reshape(4, 16).astype(np.int32)
+    before, whole = from_hf(bytes_model, scan=True)
+    apply = wlab.lift(lambda m, p: m.apply({"params": p}, tokens))
+    got = jax.jit(lambda p: apply(model, p))(params)
+    want = jax.jit(lambda p: apply(before, p))(whole)
+    assert float(jnp.std(got - want) / jnp.std(want)) < 0.02
+    assert run(bytes_model, tmp_path / "x", *options[:-1], "awq", "--symmetric") == 2
 
 
 def by_hand(folder: pathlib.Path) -> pathlib.Path:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wlab import _safetensors, train
+from wlab._files import replacing
 from wlab.core import (
     Layered,
     find_layers,
@@ -366,10 +367,8 @@ class _Run:
             "errors": [error._asdict() for error in self.errors],
             "seconds": self.spent + time.perf_counter() - start,
         }
-        _replace(
-            self.folder / _STATE,
-            lambda path: path.write_text(_hf._dump(state), encoding="utf-8"),
-        )
+        with replacing(self.folder / _STATE) as path:
+            path.write_text(_hf._dump(state), encoding="utf-8")
 
     def add(self, i: int, layer: Any, errors: list[LayerError], start: float) -> None:
         """Writes a block."""
@@ -446,23 +445,12 @@ class _Run:
         return map_with_path(load, {f"blocks_{i}": self.layers})[f"blocks_{i}"]
 
     def _write(self, i: int, tensors: Mapping[str, np.ndarray]) -> None:
-        _replace(
-            self._file(i),
-            lambda path: _safetensors.write(path, tensors, tensors.__getitem__),
-        )
+        with replacing(self._file(i)) as path:
+            _safetensors.write(path, tensors, tensors.__getitem__)
 
     def _file(self, i: int) -> pathlib.Path:
         count = self.depth + 1
         return self.folder / f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _replace(path: pathlib.Path, write: Any) -> None:
-    """Writes a file that is there whole, or not at all."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _calibrated(
@@ -495,7 +483,8 @@ def _scaled(
     groups = decoder_groups(run.model.config, seen.shape[-1])
     options = {"bits": settings["bits"], "group": settings["group"]}
     kernels = {path for one in groups for path in one.paths}
-    block: Any = lift(parts.block)
+    apply: Any = parts.block
+    block = lift(apply)
 
     @jax.jit
     def one(layer: Any, inputs: BlockInputs) -> Any:
@@ -522,9 +511,9 @@ def _scaled(
 
     def fn(i: int, layer: Any, inputs: BlockInputs) -> Any:
         if i >= len(run.done):
-            made, errors = one(layer, inputs)
+            made, (error, nearest) = one(layer, inputs)
             rows = math.prod(inputs.x.shape[:-1])
-            found = LayerError(i, "block", *map(float, errors), rows)
+            found = LayerError(i, "block", float(error), float(nearest), rows)
             run.add(i, made, [found], start)
         bar(i + 1, {"errors": run.errors[i : i + 1]})
         return run.read(i)  # as it is stored: with ranges of 16 bits

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wlab import _safetensors
+from wlab._files import replacing
 from wlab.core import Adapter, MatrixView, Pattern, Reparam, leaves_with_paths
 from wlab.peft._bone import bone
 from wlab.peft._lora import lora
@@ -186,9 +187,13 @@ def to_hf(
     config["target_modules"] = sorted(modules)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _safetensors.write(folder / _TENSORS, tensors, tensors.__getitem__)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / _CONFIG).write_text(text, encoding="utf-8")
+    with (
+        replacing(folder / _CONFIG) as config_file,  # the last to be there
+        replacing(folder / _TENSORS) as tensors_file,
+    ):
+        _safetensors.write(tensors_file, tensors, tensors.__getitem__)
+        config_file.write_text(text, encoding="utf-8")
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -134,7 +134,9 @@ class Quantized(Weight):
                 found: list[int] | None = [*kinds] * len(new_axes)
             else:
                 run = _run(*([x[i] for i in old_axes] for x in (self.shape, blocks)))
-                found = run and spread([shape[i] for i in new_axes], run)
+                found = (
+                    None if run is None else spread([shape[i] for i in new_axes], run)
+                )
             if found is None:
                 return NotImplemented
             for i, kind in zip(new_axes, found, strict=True):

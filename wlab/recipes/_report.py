@@ -6,7 +6,6 @@ A :class:`Report` is plain data. It prints itself as a table and a check list, a
 saves itself as ``report.json`` and ``report.png``.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +13,7 @@ import numbers
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from wlab._files import replacing
 from wlab.recipes import _versions
 
 if TYPE_CHECKING:
@@ -330,12 +330,12 @@ class Report:
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         written = [directory / "report.json"]
-        with _replacing(written[0]) as path:
+        with replacing(written[0]) as path:
             path.write_text(self.to_json(), encoding="utf-8")
         if figure is not None:
             written.append(directory / "report.png")
             drawn = figure(self)
-            with _replacing(written[1]) as path:
+            with replacing(written[1]) as path:
                 drawn.savefig(path, format="png")
             drawn.clear()
         return written
@@ -414,14 +414,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else None
     return str(value)
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Generator[pathlib.Path]:
-    """Gives a path to write to, which takes the place of `path` when done."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

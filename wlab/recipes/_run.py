@@ -21,8 +21,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from wlab._files import replacing
 from wlab.recipes import _versions
-from wlab.recipes._report import _replacing
 
 _FORMAT = 1
 
@@ -337,5 +337,5 @@ def _as_json(value: Any) -> Any:
 
 
 def _write(path: pathlib.Path, value: Any) -> None:
-    with _replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(_dumps(value) + "\n", encoding="utf-8")

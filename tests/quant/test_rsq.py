@@ -285,6 +285,32 @@ def test_importance_within_its_range():
     assert quant.first_tokens(2, 4, 1).tolist() == [[1, 0, 0, 0]] * 2
 
 
+def test_importance_of_tokens_that_are_rare_or_unlike():
+    rng = np.random.default_rng(8)
+    tokens = rng.integers(0, 6, (3, 10))
+    x = (100 + rng.normal(size=(3, 10, 4))).astype(np.float32)
+    counts = np.bincount(tokens.ravel(), minlength=7)
+
+    @jax.jit
+    def run(tokens: jax.Array, counts: jax.Array, x: jax.Array) -> Any:
+        often = quant.token_frequency(tokens, counts, 0.1)
+        rare = quant.token_frequency(tokens, counts, 0.1, rare=True)
+        like = quant.token_similarity(x, 0.1)
+        return often, rare, like, quant.token_similarity(x, 0.1, unlike=True)
+
+    often, rare, like, unlike = jax.device_get(run(tokens, counts, x))
+    far = ((x[:, :, None] - x[:, None]) ** 2).sum(-1).mean(-1)
+
+    def want(score: np.ndarray) -> np.ndarray:
+        low, high = score.min(-1, keepdims=True), score.max(-1, keepdims=True)
+        return 0.1 + 0.9 * (score - low) / (high - low)
+
+    np.testing.assert_allclose(often, want(counts[tokens]), rtol=1e-5)
+    np.testing.assert_allclose(often + rare, 1.1, rtol=1e-5)
+    np.testing.assert_allclose(unlike, want(far), rtol=1e-4)
+    np.testing.assert_allclose(like + unlike, 1.1, rtol=1e-5)
+
+
 def test_the_weighted_hessian():
     rng = np.random.default_rng(7)
     x = rng.normal(size=(3, 10, 4)).astype(np.float32)

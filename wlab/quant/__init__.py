@@ -85,6 +85,8 @@ from wlab.quant._rsq import first_tokens as first_tokens
 from wlab.quant._rsq import fuse_norms as fuse_norms
 from wlab.quant._rsq import rolled as rolled
 from wlab.quant._rsq import rotate as rotate
+from wlab.quant._rsq import token_frequency as token_frequency
+from wlab.quant._rsq import token_similarity as token_similarity
 from wlab.quant._rsq import token_weights as token_weights
 from wlab.quant._rsq import weighted_hessian as weighted_hessian
 from wlab.quant._statistics import Moments as Moments

@@ -191,6 +191,52 @@ def activation_change(
     return activation_norm(y.astype(wide) - x.astype(wide), r_min, r_max)
 
 
+def token_frequency(
+    tokens: jax.Array,
+    counts: jax.Array,
+    r_min: float = 0.005,
+    r_max: float = 1.0,
+    *,
+    rare: bool = False,
+) -> jax.Array:
+    """Importance by how often a token occurs.
+
+    Args:
+        tokens: [batch, tokens], integers.
+        counts: [vocabulary], in the calibration text: ``jnp.bincount``.
+        r_min: of the least important.
+        r_max: of the most important.
+        rare: whether those that occur the least matter the most.
+
+    Returns:
+        [batch, tokens].
+    """
+    found = counts.astype(jnp.promote_types(counts.dtype, jnp.float32))[tokens]
+    return rescaled(-found if rare else found, r_min, r_max)
+
+
+def token_similarity(
+    x: jax.Array, r_min: float = 0.005, r_max: float = 1.0, *, unlike: bool = False
+) -> jax.Array:
+    """Importance by the mean squared distance to all tokens of the sequence.
+
+    It is computed from means, so that there is no array [tokens, tokens].
+
+    Args:
+        x: activations [batch, tokens, width].
+        r_min: of the least important.
+        r_max: of the most important.
+        unlike: whether those that are far from the others matter the most.
+
+    Returns:
+        [batch, tokens].
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # Up to what all tokens share. From the centre, so that little is cancelled.
+    far = jnp.sum((x - jnp.mean(x, -2, keepdims=True)) ** 2, -1)
+    return rescaled(far if unlike else -far, r_min, r_max)
+
+
 def token_weights(r: jax.Array) -> jax.Array:
     """Importance [batch, tokens] with a mean of one for each sequence."""
     return r * r.shape[-1] / jnp.sum(r, -1, keepdims=True)

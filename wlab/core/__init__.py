@@ -42,6 +42,7 @@ from wlab.core._subset import subset as subset
 from wlab.core._tree import Leaf as Leaf
 from wlab.core._tree import Pattern as Pattern
 from wlab.core._tree import Select as Select
+from wlab.core._tree import Views as Views
 from wlab.core._tree import describe as describe
 from wlab.core._tree import explain as explain
 from wlab.core._tree import leaves_with_paths as leaves_with_paths

@@ -26,7 +26,14 @@ from jax import lax
 
 from wlab.core._lift import dispatch, lift
 from wlab.core._operator import Operator
-from wlab.core._tree import Leaf, Select, describe, leaves_with_paths, map_with_path
+from wlab.core._tree import (
+    Leaf,
+    Select,
+    Views,
+    describe,
+    leaves_with_paths,
+    map_with_path,
+)
 from wlab.core._tree import select as select_leaves
 
 Statistic = Callable[[jax.Array], Any]
@@ -46,7 +53,11 @@ def keep(x: jax.Array) -> jax.Array:
 
 
 def capture(
-    fn: Callable[..., Any], select: Select | None = None, statistic: Statistic = keep
+    fn: Callable[..., Any],
+    select: Select | None = None,
+    statistic: Statistic = keep,
+    *,
+    views: Views | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Let a function also return statistics of the inputs of chosen weights.
 
@@ -58,6 +69,7 @@ def capture(
         statistic: from the inputs [rows, in] of one matrix to a pytree of float arrays
             whose shapes do not depend on the number of rows, except for `keep`'s. Over
             several uses of a weight its results add up.
+        views: which axes are inputs and outputs, where names do not tell.
 
     Returns:
         ``captured(params, *args) -> (out, statistics)`` where `out` is that of `fn` and
@@ -80,7 +92,7 @@ def capture(
     lifted = lift(fn)
 
     def captured(params: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
-        chosen = _chosen(params, select)
+        chosen = _chosen(params, select, views)
         shapes = _shapes(lifted, chosen, statistic, params, *args)
         probes = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
@@ -100,7 +112,11 @@ def capture(
 
 
 def uses(
-    fn: Callable[..., Any], params: Any, *args: Any, select: Select | None = None
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    select: Select | None = None,
+    views: Views | None = None,
 ) -> list[Use]:
     """The products with chosen weights in the order of the function; runs nothing.
 
@@ -109,6 +125,7 @@ def uses(
         params: its parameters, which may be abstract.
         *args: its other arguments, which may be abstract.
         select: as in `capture`.
+        views: as in `capture`.
 
     Returns:
         One entry for each weight's first product. Weights that read the same array
@@ -117,7 +134,7 @@ def uses(
     Raises:
         ValueError: as `capture` does.
     """
-    chosen = _chosen(params, select)
+    chosen = _chosen(params, select, views)
     log = _logged(lift(fn), chosen, params, *args)
     out: dict[str, Use] = {}
     stages: list[Any] = []
@@ -207,6 +224,13 @@ class _Tapped(Operator):
             )
         rhs = numbers.rhs_spec  # out, in, spatial...
         order = [a % self.ndim for a in self.view.inputs]
+        if sorted(order) != sorted(rhs[1:]):
+            raise ValueError(
+                f"leaf {tap.path!r} of shape {self.shape}: a convolution reads its "
+                f"axes {sorted(rhs[1:])}, and its view says {order}, for its path does "
+                f"not tell: give views={{{tap.path!r}: MatrixView.of(inputs, 1)}}, or "
+                "call the module conv"
+            )
         names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
         windows = lax.conv_general_dilated_patches(
             inputs,
@@ -229,9 +253,13 @@ class _Tapped(Operator):
         return out + jnp.sum(zero).astype(out.dtype)
 
 
-def _chosen(params: Any, select: Select | None) -> dict[str, Leaf]:
+def _chosen(
+    params: Any,
+    select: Select | None,
+    views: Views | None,
+) -> dict[str, Leaf]:
     """The leaves to be captured, by path."""
-    known = describe(params)
+    known = describe(params, views=views)
     if select is None:
         taken = {leaf.path for leaf in known if leaf.role in ("kernel", "conv", "head")}
     else:

@@ -20,6 +20,7 @@ from wlab.core._view import MatrixView
 
 Pattern = str | re.Pattern[str]
 Select = Pattern | Sequence[Pattern] | Callable[[str, Any], bool]
+Views = Mapping[Pattern, MatrixView | None]
 
 # Names by which Flax models call their layers, matched against whole components.
 _NORM = re.compile(r"(?i).*norm(_?\d+)?$|^(ln|bn)(_?\w*)$")

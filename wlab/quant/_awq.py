@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from wlab.core import (
     MatrixView,
-    Pattern,
+    Views,
     as_matrices,
     from_matrices,
     is_weight,
@@ -48,7 +48,6 @@ from wlab.core import (
 from wlab.quant._minmax import MinMax, check_bits, minmax, split
 
 Kind = Literal["norm", "offset_norm", "linear", "linear_last", "activation"]
-Views = Mapping[Pattern, MatrixView | None]
 
 _LEAST = 1e-4  # of the scales, before they are normalised
 # Queries and keys meet in a product: the error of one alone says little.

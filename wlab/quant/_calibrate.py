@@ -17,6 +17,7 @@ import numpy as np
 
 from wlab.core import (
     Layered,
+    Views,
     as_kernel,
     as_matrices,
     capture,
@@ -26,6 +27,7 @@ from wlab.core import (
     lift,
     map_with_path,
     materialise,
+    matrix_views,
     paths_by_stage,
     uses,
 )
@@ -76,6 +78,7 @@ def calibrate(
     compressor: Compressor | Mapping[str, Compressor],
     *,
     select: Any = None,
+    views: Views | None = None,
     importance: Callable[[Any, Any, Any], jax.Array] | None = None,
     corrections: Sequence[Correction] = (),
     min_rows: int = 32,
@@ -97,6 +100,8 @@ def calibrate(
         compressor: the method; or by pattern, ``{"mlp/down/kernel": ..., "*": ...}``,
             where the first that matches a path within a block holds.
         select: kernels of a block to compress, as in `wlab.core.select`; None for all.
+        views: which axes of a kernel are inputs and outputs, by pattern, where names
+            do not tell.
         importance: ``importance(layer, x, batch)`` weighs the rows of a block's inputs,
             [rows]; None: all alike. It sees the block before it is compressed.
         corrections: what is done between the stages, as `wlab.quant.dac` gives it.
@@ -157,8 +162,8 @@ def calibrate(
     hidden_fp = list(hidden) if both else None
 
     first = layer_at(0)
-    plan = _plan(apply, first, hidden[0], batches[0], compressor, select)
-    runs = [_Stage(apply, s, importance, min_rows, mesh, axis) for s in plan]
+    plan = _plan(apply, first, hidden[0], batches[0], compressor, select, views)
+    runs = [_Stage(apply, s, views, importance, min_rows, mesh, axis) for s in plan]
     paths = [path for stage in plan for path in stage.paths]
     for correction in corrections:
         if correction.after not in paths:
@@ -166,7 +171,7 @@ def calibrate(
                 f"a correction after {correction.after!r}: the compressed kernels are "
                 + ", ".join(paths)
             )
-    fixes = [(c.after, _Correct(apply, c, mesh, axis)) for c in corrections]
+    fixes = [(c.after, _Correct(apply, c, views, mesh, axis)) for c in corrections]
     out: list[Any] = []
     errors: list[LayerError] = []
     for i in range(found.depth):
@@ -210,12 +215,14 @@ def _plan(
     batch: Any,
     compressor: Mapping[str, Compressor],
     select: Any,
+    views: Views | None,
 ) -> list[_Group]:
     """The stages of a block, in its order."""
     wanted = select
     if select is None:
         roles = ("kernel", "conv")
-        wanted = [leaf.path for leaf in describe(layer) if leaf.role in roles]
+        known = describe(layer, views=views)
+        wanted = [leaf.path for leaf in known if leaf.role in roles]
         wanted = [path for path in wanted if not path.endswith("router/kernel")]
     marks = {p for p, mark in leaves_with_paths(select_leaves(layer, wanted)) if mark}
 
@@ -231,13 +238,17 @@ def _plan(
             "or leave it out with `select`"
         )
 
-    stages = paths_by_stage(uses(run, layer, x, select=sorted(marks)))
+    seen = uses(run, layer, x, select=sorted(marks), views=views)
+    stages = paths_by_stage(seen)
     return [_Group(paths, [of(path) for path in paths]) for paths in stages]
 
 
-def _inputs(apply: Any, path: str, layer: Any, x: Any, batch: Any) -> jax.Array:
+def _inputs(
+    apply: Any, path: str, layer: Any, x: Any, batch: Any, views: Views | None
+) -> jax.Array:
     """What a kernel reads, [rows, in], with stacked axes in front."""
-    return capture(lambda p, x: apply(p, x, batch), [path])(layer, x)[1][path]
+    fn = capture(lambda p, x: apply(p, x, batch), [path], views=views)
+    return fn(layer, x)[1][path]
 
 
 class _Sums:
@@ -275,6 +286,7 @@ class _Stage:
         self,
         apply: Any,
         group: _Group,
+        views: Views | None,
         importance: Any,
         min_rows: int,
         mesh: jax.sharding.Mesh | None,
@@ -289,8 +301,8 @@ class _Stage:
         )
 
         def measure(layer: Any, fresh: Any, x: Any, x_fp: Any, batch: Any) -> Any:
-            read = _inputs(apply, lead, layer, x, batch)
-            original = _inputs(apply, lead, fresh, x_fp, batch) if both else None
+            read = _inputs(apply, lead, layer, x, batch, views)
+            original = _inputs(apply, lead, fresh, x_fp, batch, views) if both else None
             weights = None
             if importance is not None:
                 weights = importance(fresh, x, batch)
@@ -307,7 +319,7 @@ class _Stage:
 
         self.sums = _Sums(measure, mesh, axis)
         self.solve = jax.jit(
-            lambda layer, sums: _solve(layer, _whole(sums), group, min_rows)
+            lambda layer, sums: _solve(layer, _whole(sums), group, views, min_rows)
         )
 
     def __call__(
@@ -340,12 +352,13 @@ class _Correct:
         self,
         apply: Any,
         correction: Correction,
+        views: Views | None,
         mesh: jax.sharding.Mesh | None,
         axis: str,
     ):
         def measure(layer: Any, fresh: Any, x: Any, batch: Any) -> Any:
             now, before = (
-                _inputs(apply, correction.reader, tree, x, batch)
+                _inputs(apply, correction.reader, tree, x, batch, views)
                 for tree in (layer, fresh)
             )
             return correction.statistics(now, before, batch)
@@ -360,10 +373,10 @@ class _Correct:
 
 
 def _solve(
-    layer: Any, sums: Moments, group: _Group, min_rows: int
+    layer: Any, sums: Moments, group: _Group, given: Views | None, min_rows: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compressed kernels of a stage and how well they do."""
-    known = {leaf.path: leaf for leaf in describe(layer)}
+    known = matrix_views(layer, views=given)
     weights = dict(leaves_with_paths(layer))
     made: dict[str, Any] = {}
     found: dict[str, Any] = {}
@@ -374,7 +387,7 @@ def _solve(
         )
     for paths in joined.values():
         compressor = group.compressors[group.paths.index(paths[0])]
-        views: list[Any] = [known[path].view for path in paths]
+        views: list[Any] = [known[path] for path in paths]
         matrices = [
             as_matrices(weights[path], view)
             for path, view in zip(paths, views, strict=True)

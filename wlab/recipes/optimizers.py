@@ -297,7 +297,8 @@ def _train(task: _Task, name: str, arm: _Arm, bar: Any, kept: Run) -> Arm:
         loss = layered(task.model, train.next_token_loss)
         active = optim.active_layers
     step = train.make_train_step(loss, inject(peak=arm.rate), active=active)
-    pack = jax.jit(functools.partial(quant.quantize_tree, grid=arm.grid))
+    grid = arm.grid
+    pack = jax.jit(lambda tree: quant.quantize_tree(tree, grid) if grid else tree)
     runs = 0
 
     def once(rate: float, seed: int) -> dict[str, Any]:
@@ -306,9 +307,7 @@ def _train(task: _Task, name: str, arm: _Arm, bar: Any, kept: Run) -> Arm:
         clock = StepClock(bar, runs * config.steps)
 
         def one() -> dict[str, Any]:
-            params = task.init(jax.random.key(seed))
-            if arm.grid is not None:
-                params = pack(params)
+            params = pack(task.init(jax.random.key(seed)))
             state = train.init_state(params, inject(peak=rate))
             held = [wlab.core.bits.size_in_bits(tree) / 8 for tree in state[1:]]
             _, history = kept.fit(

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the plan of a run, on devices that are here."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -18,27 +19,30 @@ def _small(**overrides: Any) -> Any:
     return tiny(width=32, depth=2, hidden=64, heads=4, head_dim=16, **overrides)
 
 
+MESH = {"fsdp": 4, "tensor": 2}
+
+
+@functools.cache
+def planned(optimizer: str) -> plan.Plan:
+    return plan.plan(_small(scan=True), optimizer, "cpu:8", length=16, mesh=MESH)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     ["adamw", "adafactor", "eco-int4", "frugal", "mup-adamw", "drop-muon", "lisa"],
 )
 def test_what_is_planned_is_what_a_device_holds(optimizer: str):
-    mesh = {"fsdp": 4, "tensor": 2}
-    config = _small(scan=True)
-    found = plan.plan(config, optimizer, "cpu:8", length=16, mesh=mesh)
+    found = planned(optimizer)
     assert found.measured_state == found.parameters + found.state
     assert found.temporaries is not None
     assert found.total >= found.measured_state + found.temporaries
-    assert (found.batch, found.devices, found.mesh) == (4, 8, mesh)
+    assert (found.batch, found.devices, found.mesh) == (4, 8, MESH)
     assert found.fits
     assert found.moved["all-gather"] > 0
 
 
 def test_eco_holds_less_than_adamw():
-    adamw, eco, int4 = (
-        plan.plan(_small(), name, "cpu:8", length=16)
-        for name in ("adamw", "eco", "eco-int4")
-    )
+    adamw, eco, int4 = map(planned, ("adamw", "eco", "eco-int4"))
     assert adamw.parameters > eco.parameters > int4.parameters
     assert adamw.gradients == eco.gradients == adamw.parameters
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The noise of members and what is learnt from their fitness."""
 
+import functools
 from typing import Any
 
 import chex
@@ -17,6 +18,7 @@ from wlab.core import MatrixView
 from wlab.es import _estimate
 
 N = 12
+FITNESS = np.random.default_rng(1).normal(size=N).astype(np.float32)
 
 # Named after the leaves of Flax: a matrix, an attention kernel, a stack, an embedding,
 # a convolution, and what is no matrix.
@@ -36,16 +38,12 @@ def state_of(search: Any, params: Any = PARAMS, epoch: int = 0) -> Any:
     return search.init(jax.random.key(7), params)._replace(epoch=jnp.int32(epoch))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def members(search: Any, state: Any, params: Any = PARAMS, n: int = N) -> Any:
     """All members, dense, stacked."""
-
-    @jax.jit
-    def all_of() -> Any:
-        return jax.vmap(lambda i: wlab.materialise(search.perturb(state, params, i)))(
-            jnp.arange(n)
-        )
-
-    return all_of()
+    return jax.vmap(lambda i: wlab.materialise(search.perturb(state, params, i)))(
+        jnp.arange(n)
+    )
 
 
 def noise_of(search: Any, state: Any, params: Any = PARAMS, n: int = N) -> Any:
@@ -89,7 +87,7 @@ def test_pairs_are_exact_negatives(form: Any):
 
 def test_the_gradient_is_the_sum_over_members(form: Any):
     search, state, noise = form
-    fitness = jax.random.normal(jax.random.key(1), (N,))
+    fitness = FITNESS
     z = es.shape_fitness(fitness)
     order = jax.random.permutation(jax.random.key(2), N)
 
@@ -115,14 +113,16 @@ def test_the_gradient_is_the_sum_over_members(form: Any):
 def test_members_of_kept_noise(form: Any):
     search, state, noise = form
     kept = jax.jit(lambda: search.draw(state, PARAMS, 5))()
-    tree = wlab.materialise(search.perturb(state, PARAMS, 5, noise=kept))
+    tree = jax.jit(
+        lambda kept: wlab.materialise(search.perturb(state, PARAMS, 5, noise=kept))
+    )(kept)
     want = jax.tree.map(lambda p, e: p + e[5], PARAMS, noise)
     chex.assert_trees_all_close(tree, want, atol=1e-6)
 
 
 def test_what_equal_pairs_say():
     search = es.eggroll(0.1)
-    fitness = jnp.repeat(jax.random.normal(jax.random.key(1), (N // 2,)), 2)
+    fitness = np.repeat(FITNESS[: N // 2], 2)
     grads, _ = jax.jit(search.update)(state_of(search), PARAMS, fitness)
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
@@ -206,7 +206,7 @@ def test_unbiased_on_a_linear_objective():
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
-    fitness = jax.random.normal(jax.random.key(1), (N,))
+    fitness = FITNESS
     for make in (es.eggroll, es.open_es):
         state = state_of(make(0.1))
         whole, _ = jax.jit(make(0.1).update)(state, PARAMS, fitness)
@@ -219,7 +219,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
 def test_failed_members_are_dropped_and_counted():
     search = es.eggroll(0.1)
     state = state_of(search)
-    fitness = jax.random.normal(jax.random.key(1), (N,)).at[3].set(jnp.nan)
+    fitness = np.where(np.arange(N) == 3, np.nan, FITNESS)
     grads, after = jax.jit(search.update)(state, PARAMS, fitness)
     assert int(after.failed) == 1
     noise = noise_of(search, state)
@@ -237,7 +237,7 @@ def test_the_baseline_has_no_noise():
     noise = noise_of(search, state)["dense"]["kernel"]
     still = [not np.any(x) for x in noise]
     assert still == [i % 4 < 2 for i in range(N)]
-    fitness = jax.random.normal(jax.random.key(1), (N,))
+    fitness = FITNESS
     z = es.shape_fitness(fitness, "baseline", 4)
     grads, _ = jax.jit(search.update)(state, PARAMS, fitness)
     want = -np.tensordot(z, noise, 1) / N**0.5
@@ -265,7 +265,7 @@ def test_sigma_follows_its_schedule_or_stays_as_set():
 def test_signs_of_the_factors_alone():
     search = es.eggroll(0.1, 2, signs=True)
     state = state_of(search)
-    fitness = jax.random.normal(jax.random.key(1), (N,))
+    fitness = FITNESS
     z = es.shape_fitness(fitness)
     a, b = jax.vmap(lambda i: search.draw(state, PARAMS, i)["dense/kernel"])(
         jnp.arange(N)
@@ -291,7 +291,7 @@ def test_bfloat16():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     search = es.eggroll(0.1, 2)
     state = state_of(search, params)
-    fitness = jax.random.normal(jax.random.key(1), (N,))
+    fitness = FITNESS
     grads, _ = jax.jit(search.update)(state, params, fitness)
     chex.assert_trees_all_equal_dtypes(grads, params)
     z = es.shape_fitness(fitness)

@@ -87,9 +87,8 @@ def test_it_learns(one: Any):
     "options",
     [
         {"n": 4},
-        {"n": 4, "reduce": "sum"},
         {"n": 4, "reduce": "sum", "keep": True, "chunk": 2},
-        {"n": 2, "tensor": 2},
+        {"n": 2, "tensor": 2, "reduce": "sum"},
         {"n": 2, "explicit": True},
     ],
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()),

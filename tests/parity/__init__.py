@@ -12,10 +12,11 @@ Each method has a module here of its slug's name (dashes as underscores) with
 Every other array of the file is an output and must be compared.
 """
 
+import functools
 import importlib
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,27 @@ class Row(NamedTuple):
     def ok(self) -> bool:
         """Whether the array agrees."""
         return self.error <= self.tolerance
+
+
+def compiled(
+    compute: Callable[[Mapping[str, Any]], dict[str, Computed]],
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, Computed]]:
+    """All that a module computes as one program.
+
+    Its arguments are the inputs of floats with two axes or more. All others, such as
+    sizes, choices and hyperparameters, are known while it is traced.
+    """
+
+    @functools.wraps(compute)
+    def run(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
+        import jax  # The command chooses float64 before.
+
+        traced = {
+            name: x for name, x in inputs.items() if x.ndim > 1 and x.dtype.kind == "f"
+        }
+        return jax.jit(lambda traced: compute({**inputs, **traced}))(traced)
+
+    return run
 
 
 def slugs() -> list[str]:
@@ -81,12 +103,12 @@ def compare(slug: str, arrays: Mapping[str, np.ndarray]) -> list[Row]:
 def _row(name: str, wanted: np.ndarray, got: Computed | None) -> Row:
     if got is None:
         return Row(name, np.inf, 0.0, "nothing computes this array")
-    value = np.asarray(got.value)
+    value, tolerance = np.asarray(got.value), float(got.tolerance)
     if value.shape != wanted.shape:
         note = f"shape {value.shape}, wanted {wanted.shape}"
-        return Row(name, np.inf, got.tolerance, note)
+        return Row(name, np.inf, tolerance, note)
     if not wanted.size:
-        return Row(name, 0.0, got.tolerance)
+        return Row(name, 0.0, tolerance)
     scale = float(np.max(np.abs(wanted))) or 1.0
     error = float(np.max(np.abs(value - wanted))) / scale
-    return Row(name, np.inf if np.isnan(error) else error, got.tolerance)
+    return Row(name, np.inf if np.isnan(error) else error, tolerance)

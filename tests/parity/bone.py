@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab import lift, materialise
 from wlab.peft import bone
 
@@ -21,6 +21,7 @@ INPUTS = (
 KERNEL = "dense/kernel"
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     rank, mini = int(inputs["r"]), int(inputs["mini_r"])
     methods = {

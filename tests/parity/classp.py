@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab.optim import classp
 
 _TENSORS = range(3)
@@ -26,6 +26,7 @@ INPUTS = (
 TOLERANCE = 1e-12
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     out = {}
     for tag in _TAGS:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab.quant import absorb, d2quant, dac_add, dac_bias, dac_init, dsq, dual_uniform
 from wlab.quant._d2quant import dual_uniform_fit
 from wlab.quant._dsq import signs
@@ -17,6 +17,7 @@ from wlab.quant._gptq import gar_order
 INPUTS = ("W_down", "W_up", "block", "ln_out_fp", "ln_out_q", "X_fp", "X_q")
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     size = int(inputs["block"])
     down, up = jnp.asarray(inputs["W_down"]).T, jnp.asarray(inputs["W_up"]).T

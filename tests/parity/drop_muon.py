@@ -6,7 +6,6 @@ Weights are in torch's layout, outputs first: here they are transposed on their 
 and out. All arrays of the runs are the values after each step.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab.core import linalg
 from wlab.optim import _drop_muon, drop_muon
 
@@ -28,6 +27,7 @@ INPUTS = (
 TOLERANCE = 1e-10
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     steps = int(inputs["hyper"][3])
     out: dict[str, Computed] = {}
@@ -46,7 +46,7 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         # The reference rounds to bfloat16 at every operation, which moves it by up to
         # this much; absolutely, while a tolerance is in parts of the largest value.
         single = linalg.orthogonalize(x.astype(jnp.float32), steps)
-        out[f"ns_bf16_{i}"] = Computed(single, 0.06 / float(jnp.abs(single).max()))
+        out[f"ns_bf16_{i}"] = Computed(single, 0.06 / jnp.abs(single).max())
         out[f"polar_{i}"] = Computed(u @ vt, TOLERANCE)
         out[f"sharp_{i}"] = Computed(_drop_muon._sharp(x), TOLERANCE)
     for tag, options in {
@@ -85,7 +85,7 @@ def _run(inputs: Mapping[str, np.ndarray], options: dict[str, Any]) -> Any:
 
     xs = (grads, jnp.asarray(inputs["starts"]))
     carry = (params, tx.init(params))
-    _, made = jax.jit(functools.partial(jax.lax.scan, step))(carry, xs)
+    _, made = jax.lax.scan(step, carry, xs)
     return jax.tree.map(jax.vmap(_out), made)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import wlab
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab import es
 from wlab.core import MatrixView
 from wlab.es._members import Place, leaf_keys
@@ -28,6 +28,7 @@ TOLERANCE = 1e-5
 _VIEWS = {name: MatrixView((-1,), (-2,)) for name in ("S", "W")}
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     n, rank = int(inputs["pop"]), int(inputs["rank"])
     reuse = int(inputs["noise_reuse"])
@@ -48,7 +49,6 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
 
     members = jnp.arange(n)
 
-    @jax.jit
     def noise(member: jax.Array) -> dict[str, jax.Array]:
         tree = search.perturb(state, params, member)
         w, s = tree["W"].low_rank(), tree["S"].low_rank()
@@ -67,13 +67,13 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         return x @ tree["W"].T, xt @ tree["W"]
 
     x, xt = jnp.asarray(inputs["x"]), jnp.asarray(inputs["xt"])
-    out["mm_out"], out["Tmm_out"] = jax.jit(
-        lambda: es.evaluate(search, products, state, params, n, x, xt)
-    )()
+    out["mm_out"], out["Tmm_out"] = es.evaluate(
+        search, products, state, params, n, x, xt
+    )
     out["fitness_global"] = es.shape_fitness(scores)
     out["fitness_group"] = es.shape_fitness(scores, group_size=group)
 
-    grads, _ = jax.jit(search.update)(state, params, scores)
+    grads, _ = search.update(state, params, scores)
     for name in params:
         out[f"grad_{name}"] = grads[name]
         out[f"sgd_new_{name}"] = params[name] - lr * grads[name]
@@ -81,16 +81,16 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         out[f"adamw2_{name}"] = x2
 
     dense = es.open_es(sigma, **common)
-    out["openes_mm_out"] = jax.jit(
-        lambda: es.evaluate(dense, lambda tree, x: x @ tree["W"].T, state, params, n, x)
-    )()
-    for name, g in jax.jit(dense.update)(state, params, scores)[0].items():
+    out["openes_mm_out"] = es.evaluate(
+        dense, lambda tree, x: x @ tree["W"].T, state, params, n, x
+    )
+    for name, g in dense.update(state, params, scores)[0].items():
         out[f"openes_grad_{name}"] = g
     signs = es.eggroll(sigma, rank, views=_VIEWS, signs=True, **common)
-    out["sign_grad_W"] = jax.jit(signs.update)(state, params, scores)[0]["W"]
+    out["sign_grad_W"] = signs.update(state, params, scores)[0]["W"]
     exact = ("key_S", "key_W", "key_bias")
     return {
-        name: Computed(np.asarray(value), 0.0 if name in exact else TOLERANCE)
+        name: Computed(value, 0.0 if name in exact else TOLERANCE)
         for name, value in out.items()
     }
 
@@ -100,9 +100,8 @@ def _two_steps(
 ) -> Any:
     tx = optax.chain(es.scale_by_strategy(search), optax.adamw(lr, b1=0.9, b2=0.999))
     opt_state = (state, *tx.init(params)[1:])
-    update = jax.jit(tx.update)
     # Both steps perturb the same weights: the noise does not depend on them.
     for _ in range(2):
-        updates, opt_state = update(None, opt_state, params, fitness=scores)
+        updates, opt_state = tx.update(None, opt_state, params, fitness=scores)
         params = optax.apply_updates(params, updates)
     return params

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab.peft import hut
 
 INPUTS = ("W", "M_A", "M_B", "gamma", "beta", "bias", "x", "g")
 KERNEL = "dense/kernel"
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     given = {name: jnp.asarray(inputs[name]) for name in INPUTS}
     base = {"dense": {"kernel": given["W"], "bias": given["bias"]}}

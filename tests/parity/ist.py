@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab import peft
 
 INPUTS = ("n_layers", "selections", "losses", "beta")
 NUMBERED = r"(rl_)?lr"  # either name
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     state = peft.ist_init(int(inputs["n_layers"]))
     scores = []
@@ -21,4 +22,4 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         rate = float(inputs.get("lr", inputs.get("rl_lr", 10.0)))
         state = peft.ist_update(state, jnp.asarray(held), jnp.asarray(losses), rate)
         scores.append(-state.importance)
-    return {"scores": Computed(np.stack(scores), 1e-5)}
+    return {"scores": Computed(jnp.stack(scores), 1e-5)}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab.quant import lim_scores, zd_score
 
 INPUTS = ("hidden",)
@@ -17,6 +17,7 @@ NUMBERED = r"w_\d+_\d+"
 ABSOLUTE = 1e-6
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     hidden = jnp.asarray(inputs["hidden"])
     blocks: dict[int, dict[str, jnp.ndarray]] = {}
@@ -35,7 +36,7 @@ def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
                 [zd_score(layer, sided=sided, pool=pool) for layer in layers]
             )
     out = {
-        name: Computed(x, ABSOLUTE / max(float(jnp.abs(x).max()), ABSOLUTE))
+        name: Computed(x, ABSOLUTE / jnp.maximum(jnp.abs(x).max(), ABSOLUTE))
         for name, x in scores.items()
     }
     orders = {

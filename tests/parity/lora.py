@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab import lift, materialise
 from wlab.core import Adapter
 from wlab.peft import lora
@@ -18,6 +18,7 @@ INPUTS = ("W", "bias", "x", "g", "A", "B", "alpha", "r", "dora_m")
 KERNEL = "dense/kernel"
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     rank, alpha = int(inputs["r"]), float(inputs["alpha"])
     base = {"dense": {"kernel": jnp.asarray(inputs["W"].T)}}

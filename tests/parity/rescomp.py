@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab.quant._gptq import solve
 from wlab.quant._uniform import Uniform
 
@@ -29,6 +29,7 @@ CONFIGS = (
 )
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     w, own, seen = (jnp.asarray(inputs[n], float) for n in ("W", "X_fp", "X_q"))
     chunks = -(-len(seen) // int(inputs["batch_tokens"]))

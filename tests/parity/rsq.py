@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab.core import hadamard
 from wlab.quant import attention_concentration, weighted_hessian
 from wlab.quant._gptq import solve
@@ -19,6 +19,7 @@ NUMBERED = r"had_(x|sign|K)_\d+"
 LARGEST = 96  # of the random Hadamard matrices that a file holds
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     out: dict[str, Computed] = {}
     for name in inputs:

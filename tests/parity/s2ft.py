@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab import lift
 from wlab.peft import Units, co_order, permute, s2ft
 
@@ -26,6 +26,7 @@ INPUTS = (
 )
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     heads = int(inputs["nheads"])
     width, ff = inputs["W_down"].shape

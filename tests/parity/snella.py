@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab import peft
 from wlab.peft._snella import Kernel, kernel_of, sparsify
 
@@ -29,6 +29,7 @@ INPUTS = (
 NUMBERED = r"ipt_\d+_.*_[pg]"  # the factors of each step and layer
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     return kernels(inputs) | allocation(inputs)
 
@@ -112,5 +113,5 @@ def allocation(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
         "ipt_scores_raw": Computed([scores[layer] for layer in layers], 1e-9),
         "alloc_thres": Computed([[t[layer] for layer in layers] for t in found], 1e-6),
         "sched_volume": Computed([p.volume for p in plan], 1e-9),
-        "sched_mask": Computed(np.array([p.due for p in plan]).astype(int), 0.0),
+        "sched_mask": Computed(jnp.array([p.due for p in plan], int), 0.0),
     }

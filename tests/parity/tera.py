@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab import lift, materialise
 from wlab.peft import tera
 from wlab.peft._tera import Network
@@ -21,6 +21,7 @@ INPUTS = ("out_dims", "in_dims", "ranks", "core", "x", "g")
 NUMBERED = r"[Ad]\d+"  # factors and vectors, one for each mode
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     outs, ins = (tuple(map(int, inputs[n])) for n in ("out_dims", "in_dims"))
     ranks = tuple(map(int, inputs["ranks"]))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity import Computed
+from tests.parity import Computed, compiled
 from wlab import lift, materialise
 from wlab.peft import wara
 
@@ -18,6 +18,7 @@ BANDS = ("LL", "LH", "HL", "HH")
 KERNEL = "dense/kernel"
 
 
+@compiled
 def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, Computed]:
     a, b, x = (jnp.asarray(inputs[name]) for name in ("A", "B", "x"))
     rank = a.shape[0]

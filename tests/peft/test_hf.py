@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exchange with Hugging Face's peft: files that it wrote, of a small random Llama."""
 
+import functools
 import json
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,10 +36,10 @@ WRITTEN_OUT = {
 MERGED = np.load(HERE / "merged.npz")
 
 
-def kernel(kind: str, module: str) -> jax.Array:
+def kernel(kind: str, module: str) -> np.ndarray:
     """A kernel in Flax's layout; queries and values with their heads of 8."""
     x = MERGED[f"{kind}:{module}.weight"].T
-    return jnp.asarray(x.reshape(32, -1, 8) if "self_attn" in module else x)
+    return x.reshape(32, -1, 8) if "self_attn" in module else x
 
 
 def model(kind: str, names: Any) -> Any:
@@ -50,7 +50,7 @@ def model(kind: str, names: Any) -> Any:
         for part in parents:
             node = node.setdefault(part, {})
         if "{}" in name:
-            node[last] = jnp.stack([kernel(kind, name.format(i)) for i in range(2)])
+            node[last] = np.stack([kernel(kind, name.format(i)) for i in range(2)])
         else:
             node[last] = kernel(kind, name)
     return tree
@@ -63,7 +63,7 @@ def model(kind: str, names: Any) -> Any:
 def test_what_peft_wrote_is_read(kind: str, names: Any):
     base = model("base", names)
     method, adapter = peft.from_hf(HERE / kind, base, names)
-    got = peft.merge(method, adapter, base)
+    got = jax.jit(functools.partial(peft.merge, method))(adapter, base)
     want = model(kind, names)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6)
@@ -97,14 +97,19 @@ def test_what_is_written_is_what_peft_wrote(kind: str, tmp_path: pathlib.Path):
 def test_pissa_becomes_a_lora_of_twice_the_rank(tmp_path: pathlib.Path):
     base = model("base", STACKED)
     method = peft.lora(2, start="pissa")
-    adapter = method.init(jax.random.key(0), base)
-    train = jax.tree.map(lambda x: x + 0.1, adapter.train)
-    adapter = adapter._replace(train=train)
+
+    @jax.jit
+    def start(key: jax.Array) -> Any:
+        adapter = method.init(key, base)
+        train = jax.tree.map(lambda x: x + 0.1, adapter.train)
+        return adapter._replace(train=train)
+
+    adapter = start(jax.random.key(0))
     peft.to_hf(tmp_path, adapter, STACKED)
     other, back = peft.from_hf(tmp_path, base, STACKED)
     assert back.train["ScanBlocks/mlp/down/kernel"]["a"].shape == (2, 48, 4)
-    want = peft.merge(method, adapter, base)
-    got = peft.merge(other, back, base)
+    want = jax.jit(functools.partial(peft.merge, method))(adapter, base)
+    got = jax.jit(functools.partial(peft.merge, other))(back, base)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -134,8 +139,8 @@ def test_what_does_not_fit_is_told(tmp_path: pathlib.Path):
     narrow = jax.tree.map(lambda x: x[..., :4], base)
     with pytest.raises(ValueError, match="does not fit leaf"):
         peft.from_hf(HERE / "dora", narrow, STACKED)
-    adapter = peft.wara(2).init(0, base)
+    adapter = jax.jit(peft.wara(2).init)(0, base)
     with pytest.raises(ValueError, match="no layout for"):
         peft.to_hf(tmp_path, adapter, STACKED)
     with pytest.raises(ValueError, match="not in names"):
-        peft.to_hf(tmp_path, peft.lora(2).init(0, base), few)
+        peft.to_hf(tmp_path, jax.jit(peft.lora(2).init)(0, base), few)

@@ -147,7 +147,5 @@ def test_a_convolution_whose_path_does_not_tell():
     case = CASES["convolutions"]()
     parts = Layered(before=lambda _, x: x, block=case.block, after=lambda *_: 0.0)
     method = compressors.rtn(bits=3, group=8)
-    with pytest.raises(
-        ValueError, match=r"'mix/kernel' of shape .*: a con"
-    ):
+    with pytest.raises(ValueError, match=r"'mix/kernel' of shape .*: a con"):
         calibrate(parts, {"layers": case.layers}, case.batches, method)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Quantized` weights: their rules under lift, in models, on disk and on a mesh."""
 
+import functools
 import pathlib
 from typing import Any
 
@@ -23,8 +24,8 @@ SHAPE = (4, 6, 2, 5)  # stacked, input, two outputs
 ROW = (0, 2, 3)
 
 
-def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
 def make() -> dict[str, Quantized]:
@@ -64,7 +65,7 @@ ALL = set(jax.eval_shape(make))
 UNGROUPED = {"row", "row_zero", "tensor", "tensor_zero"}
 INPUT_GROUPS = {"group", "group_zero"}
 WHOLE = {"tensor", "tensor_zero"}
-IN, OUT = jnp.array([[0, 5], [2, 2]]), jnp.array([7, -2, 1, -9])
+IN, OUT = np.array([[0, 5], [2, 2]], np.int32), np.array([7, -2, 1, -9], np.int32)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +76,8 @@ IN, OUT = jnp.array([[0, 5], [2, 2]]), jnp.array([7, -2, 1, -9])
         (lambda w: w.transpose(2, 0, 3, 1), ALL),
         # reshape: axes that share scales alike, merged and split
         (lambda w: w.reshape(4, 6, 10), ALL - {"last"}),
-        (lambda w: w.reshape(24, 2, 5), WHOLE),
-        (lambda w: w.reshape(4, 2, 3, 10), UNGROUPED),
+        (lambda w: w.reshape(24, 2, 5), ALL - {"group"}),
+        (lambda w: w.reshape(4, 2, 3, 10), UNGROUPED | {"group_zero"}),
         (lambda w: w.reshape(2, 2, 6, 2, 5), ALL),
         (lambda w: w.reshape(-1), WHOLE),
         # axes of size one
@@ -165,22 +166,35 @@ def test_a_scan_has_scales_for_every_index(forms: Any):
 
 def test_a_rounded_value_stays_rounded():
     """bfloat16 weights seen as float32 are those of bfloat16, not of the scales."""
-    q = quantize(normal(7, 5, dtype=jnp.bfloat16), "int8", axis=-1)
-    for dtype in (jnp.float32, jnp.float16):
-        got = wlab.lift(lambda w, d=dtype: w.astype(d))(q)
-        np.testing.assert_array_equal(got, q.materialise().astype(dtype))
-    assert isinstance(wlab.lift(lambda w: w.astype(jnp.bfloat16))(q), Quantized)
-    assert q.values().dtype == jnp.float32
-    assert (q.values() != q.materialise().astype(jnp.float32)).any()
+    narrow = wlab.lift(lambda w: w.astype(jnp.bfloat16))
+
+    @jax.jit
+    def each(w: jax.Array) -> Any:
+        q = quantize(w, "int8", axis=-1)
+        seen = [
+            wlab.lift(lambda w, d=d: w.astype(d))(q) for d in (jnp.float32, jnp.float16)
+        ]
+        return seen, narrow(q), q.values(), q.materialise()
+
+    seen, same, values, dense = jax.device_get(each(normal(7, 5, dtype=jnp.bfloat16)))
+    for got in seen:
+        np.testing.assert_array_equal(got, dense.astype(got.dtype))
+    assert isinstance(same, Quantized)
+    assert values.dtype == jnp.float32
+    assert (values != dense.astype(np.float32)).any()
 
 
 def test_vmap_over_members(forms: Any):
     """A batch of packed weights, each with scales of its own."""
     x = normal(3, 5)
     w = normal(4, 5, 6)
-    q = jax.vmap(lambda w: quantize(w, "int4", axis=-1))(w)
-    got = jax.vmap(wlab.lift(lambda w: x @ w.T.T))(q)
-    np.testing.assert_allclose(got, x @ q.materialise(), rtol=1e-6)
+
+    @jax.jit
+    def both(w: jax.Array) -> Any:
+        q = jax.vmap(lambda w: quantize(w, "int4", axis=-1))(w)
+        return jax.vmap(wlab.lift(lambda w: x @ w.T.T))(q), x @ q.materialise()
+
+    np.testing.assert_allclose(*both(w), rtol=1e-6)
 
 
 # --- Models ----------------------------------------------------------------------
@@ -204,7 +218,7 @@ DECODER = Decoder(
 
 
 def parameters(model: nn.Module) -> Any:
-    tokens = jnp.zeros((1, 4), jnp.int32)
+    tokens = np.zeros((1, 4), np.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype("f"), shapes)
@@ -222,7 +236,7 @@ def parameters(model: nn.Module) -> Any:
 )
 def test_flax_models_run_packed(model: nn.Module, grid: str, options: Any):
     params = parameters(model)
-    tokens = jnp.arange(10).reshape(2, 5)
+    tokens = np.arange(10, dtype=np.int32).reshape(2, 5)
 
     @jax.jit
     def both(params: Any) -> Any:
@@ -232,14 +246,15 @@ def test_flax_models_run_packed(model: nn.Module, grid: str, options: Any):
         got = wlab.lift(model.apply)(packed, tokens)
         return got, model.apply(dense, tokens), model.apply(params, tokens)
 
-    got, want, unrounded = both(params)
+    got, want, unrounded = jax.device_get(both(params))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert abs(want - unrounded).max() > 1e-2
 
 
 def test_an_embedding_table_is_not_made_dense(dense_shapes: list):
-    table = quantize(normal(50, 4), "int4", axis=0, view=MatrixView.of(1, 1))
-    tokens = jnp.array([[3, 49, 0]])
+    pack = jax.jit(lambda w: quantize(w, "int4", axis=0, view=MatrixView.of(1, 1)))
+    table = pack(normal(50, 4))
+    tokens = np.array([[3, 49, 0]], np.int32)
     model = nn.Embed(50, 4)
     apply = wlab.lift(lambda t, x: model.apply({"params": {"embedding": t}}, x))
     program = jax.make_jaxpr(apply)(table, tokens)
@@ -251,12 +266,14 @@ def test_an_embedding_table_is_not_made_dense(dense_shapes: list):
         if jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.ndim
     }
     assert (1, 3, 4) in floats and (50, 4) not in floats
-    np.testing.assert_array_equal(apply(table, tokens), table.materialise()[tokens])
+    both = jax.jit(lambda t: (apply(t, tokens), t.materialise()[tokens]))
+    np.testing.assert_array_equal(*both(table))
 
 
 def test_low_rank_terms_over_a_packed_base(dense_shapes: list):
     """Fine-tuning over frozen codes: the output, and the gradient of the factors."""
-    base = quantize(normal(8, 2, 3), "int4", axis=(1, 2), view=MatrixView.of(1, 2))
+    pack = functools.partial(quantize, axis=(1, 2), view=MatrixView.of(1, 2))
+    base = jax.jit(lambda w: pack(w, "int4"))(normal(8, 2, 3))
     factors = (normal(8, 2, seed=1), normal(2, 3, 2, seed=2))
     x = normal(5, 8, seed=3)
 
@@ -291,7 +308,7 @@ def test_size_in_bits(forms: Any):
 
 
 def test_codes_refuse_floats_and_nothing_else():
-    q = quantize(normal(4, 3), "int4", axis=-1)
+    q = jax.jit(lambda w: quantize(w, "int4", axis=-1))(normal(4, 3))
     for fn in (
         lambda x: 0.5 * x.astype(jnp.float32),
         lambda x: x.astype(jnp.bfloat16),
@@ -316,8 +333,8 @@ def test_codes_refuse_floats_and_nothing_else():
 
 
 def test_arithmetic_is_refused_with_the_remedy():
-    q = quantize(normal(4, 3), "int4", axis=-1)
-    for operation in (lambda: q * 2, lambda: normal(2, 4) @ q, lambda: q - q):
+    q = jax.jit(lambda w: quantize(w, "int4", axis=-1))(normal(4, 3))
+    for operation in (lambda: q * 2, lambda: jnp.ones((2, 4)) @ q, lambda: q - q):
         with pytest.raises(TypeError, match=r"wlab\.lift.*wlab\.materialise"):
             operation()
 
@@ -356,7 +373,7 @@ def test_a_sharded_kernel_is_quantised_as_a_whole_one(
         sharded = pack(jax.device_put(w, jax.P("data", "model")))
     specs = [(None, "model"), ("data", None), (None, None)] + 2 * [(None, "model")]
     for (a, dense), (b, want), spec in zip(sharded, whole, specs, strict=True):
-        np.testing.assert_array_equal(a.codes.astype(int), b.codes.astype(int))
+        np.testing.assert_array_equal(a.codes, b.codes)
         np.testing.assert_array_equal(a.scale, b.scale)
         np.testing.assert_array_equal(dense, want)
         if mesh.are_all_axes_explicit:

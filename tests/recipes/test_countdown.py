@@ -15,7 +15,7 @@ def test_quick_run(tmp_path: pathlib.Path):
     assert [arm.name for arm in report.arms] == ["EGGROLL", "policy gradient"]
     for arm in report.arms:
         assert 0 <= arm.mean("right") <= arm.mean("form") <= 1
-        assert arm.curves["right"].steps[-1] == pytest.approx(4 * 128 * 5 / 1e6)
+        assert arm.curves["right"].steps[-1] == pytest.approx(2 * 64 * 5 / 1e6)
     assert report.arms[0].figures["before"] == report.arms[1].figures["before"]
     assert Report.from_json((tmp_path / "report.json").read_text()) == report
     assert (tmp_path / "report.png").stat().st_size > 10_000

@@ -40,6 +40,9 @@ def _loss(params: Any, batch: jax.Array) -> jax.Array:
     return train.next_token_loss(logits, batch)
 
 
+_dense = jax.jit(wlab.materialise)
+
+
 def _batches() -> Any:
     text = data.text("pydoc").train
     return data.windows(text, batch=8, length=16, seed=0)
@@ -48,23 +51,19 @@ def _batches() -> Any:
 @functools.cache
 def _on_one_device(grid: str | None) -> tuple[Any, np.ndarray]:
     tx = _optimizer(grid)
-    state = train.init_state(_make_params(grid), tx)
+    state = jax.jit(lambda: train.init_state(_make_params(grid), tx))()
     step = train.make_train_step(_loss, tx)
     state, history = train.fit(step, state, _batches(), steps=_STEPS, every=1)
-    return jax.device_get(wlab.materialise(state.params)), history["loss"]
+    return jax.device_get(_dense(state.params)), history["loss"]
 
 
-# Each mesh with each optimiser and each kind of axes, not with all pairs of them.
+# Each mesh once, and each optimiser with each kind of axes.
 @pytest.mark.parametrize(
     ("grid", "axes", "explicit"),
     [
-        (None, {"data": 8}, False),
-        ("fp8_e4m3", {"data": 8}, True),
         (None, {"fsdp": 8}, True),
-        ("fp8_e4m3", {"fsdp": 8}, False),
         (None, {"tensor": 2, "data": 4}, False),
-        ("fp8_e4m3", {"tensor": 2, "data": 4}, True),
-        (None, {"fsdp": 2, "tensor": 2}, True),
+        ("fp8_e4m3", {"data": 8}, True),
         ("fp8_e4m3", {"fsdp": 2, "tensor": 2}, False),
     ],
 )
@@ -79,7 +78,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(
     step = train.make_train_step(_loss, tx)
     new, history = train.fit(step, state, _batches(), steps=_STEPS, every=1)
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-5)
-    for path, leaf in wlab.core.leaves_with_paths(wlab.materialise(new.params)):
+    for path, leaf in wlab.core.leaves_with_paths(_dense(new.params)):
         wanted = dict(wlab.core.leaves_with_paths(params))[path]
         np.testing.assert_allclose(jax.device_get(leaf), wanted, atol=2e-4)
     assert jax.tree.map(lambda x: x.sharding, new) == places
@@ -99,7 +98,7 @@ def test_a_state_on_a_mesh_has_the_numbers_of_one_device():
     state = train.create_state(lambda: _make_params("int4"), optax.sgd(0.1), mesh)
     for leaf, wanted in zip(
         jax.tree.leaves(state.params),
-        jax.tree.leaves(_make_params("int4")),
+        jax.tree.leaves(jax.jit(lambda: _make_params("int4"))()),
         strict=True,
     ):
         np.testing.assert_allclose(
@@ -131,7 +130,8 @@ def test_held_out_loss_on_a_mesh(explicit: bool):
     held_out = data.valid_windows(data.text("pydoc").valid, batch=8, length=16, limit=2)
     evaluate = train.make_evaluate(_loss, held_out)
     state = train.create_state(lambda: _make_params(None), optax.sgd(0.1), mesh)
-    on_mesh, alone = evaluate(state.params), evaluate(_make_params(None))
+    alone = evaluate(jax.jit(lambda: _make_params(None))())
+    on_mesh = evaluate(state.params)
     np.testing.assert_allclose(on_mesh["loss"], alone["loss"], rtol=1e-5)
 
 

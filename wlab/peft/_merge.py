@@ -208,22 +208,34 @@ def unmerge(method: Reparam, adapter: Adapter, params: Any) -> Any:
         ValueError: for a method whose change depends on the base (DoRA, Bat, HUT): keep
             the base instead.
     """
-    leaves = dict(leaves_with_paths(params))
     changed = _changed(adapter)
-    blank = map_with_path(
-        lambda path, x: jnp.zeros(jnp.shape(x), jnp.float32) if path in changed else x,
-        params,
-    )
-    # A change that is the same on another base does not depend on it.
-    other = map_with_path(
-        lambda path, x: jnp.ones(jnp.shape(x), jnp.float32) if path in changed else x,
-        params,
-    )
-    change = dict(leaves_with_paths(materialise(method.attach(adapter, blank))))
-    again = dict(leaves_with_paths(materialise(method.attach(adapter, other))))
-    for path in changed:
-        moved = jnp.abs(again[path] - 1 - change[path])
-        if not bool(jnp.all(moved <= 1e-5 * (1 + jnp.abs(change[path])))):
+
+    @jax.jit
+    def changes(adapter: Adapter, params: Any) -> dict[str, Any]:
+        """What is added to each leaf, and whether it is the same on another base."""
+        one, two = (
+            map_with_path(
+                lambda path, x, fill=fill: (
+                    jnp.full(jnp.shape(x), fill, jnp.float32) if path in changed else x
+                ),
+                params,
+            )
+            for fill in (0, 1)
+        )
+        change, again = (
+            dict(leaves_with_paths(materialise(method.attach(adapter, base))))
+            for base in (one, two)
+        )
+
+        def same(path: str) -> jax.Array:
+            moved = jnp.abs(again[path] - 1 - change[path])
+            return jnp.all(moved <= 1e-5 * (1 + jnp.abs(change[path])))
+
+        return {path: (change[path], same(path)) for path in changed}
+
+    found = changes(adapter, params)
+    for path, (_, same) in found.items():
+        if not same:
             raise ValueError(
                 f"what the adapter changes in {path!r} depends on the base, so it "
                 "cannot be taken out again: keep the base beside the merged model"
@@ -232,7 +244,7 @@ def unmerge(method: Reparam, adapter: Adapter, params: Any) -> Any:
     def back(path: str, x: Any) -> Any:
         if path not in changed:
             return x
-        return (x.astype(jnp.float32) - change[path]).astype(leaves[path].dtype)
+        return (x.astype(jnp.float32) - found[path][0]).astype(x.dtype)
 
     return map_with_path(back, params)
 

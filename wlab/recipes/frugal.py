@@ -66,7 +66,7 @@ class Config:
     seeds: int = 2
 
 
-QUICK = Config(symbols=16, width=32, steps=400, batch=64, warmup=40, update_gap=20)
+QUICK = Config(symbols=16, width=32, steps=200, batch=64, warmup=20, update_gap=20)
 
 _ADAM, _SIGN = "AdamW", "signSGD"
 _BLOCK, _COLUMNS = "FRUGAL block", "FRUGAL columns"

@@ -68,7 +68,16 @@ class Config:
     seeds: int = 3
 
 
-QUICK = Config(steps=60, points=3, seeds=1, updates=30)
+QUICK = Config(
+    layers=4,
+    width=32,
+    damaged=(2,),
+    steps=60,
+    batch=64,
+    updates=10,
+    points=3,
+    seeds=1,
+)
 _ALL, _IST, _RST, _ORACLE = "all layers", "IST", "RST, at random", "the damaged ones"
 
 

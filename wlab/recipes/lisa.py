@@ -74,15 +74,15 @@ class Config:
 
 
 QUICK = Config(
-    vocab=12,
-    width=32,
-    hidden=32,
+    vocab=10,
+    width=24,
+    hidden=24,
     depth=4,
-    batch=128,
-    pretrain_steps=300,
-    steps=300,
+    batch=64,
+    pretrain_steps=200,
+    steps=200,
     active=1,
-    interval=30,
+    interval=20,
     rates=(3e-3,),
     seeds=2,
 )

@@ -68,7 +68,7 @@ class Config:
 
 QUICK = Config(
     widths=(16, 64),
-    steps=300,
+    steps=150,
     decoder_widths=(16, 32),
     decoder_depth=1,
     decoder_steps=10,

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from wlab.models import to_hf
 from wlab.models.decoder import Decoder, tiny
 from wlab.quant import decoder_stream, fuse_norms
 from wlab.recipes import Report
+from wlab.recipes._compress import BRIEF, shape
 
 RECIPES = (
     "gptq",
@@ -33,10 +35,24 @@ def recipe(name: str) -> Any:
     return importlib.import_module(f"wlab.recipes.{name}")
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A decoder of the quick size, as a run leaves it, that has learned nothing."""
+    model = Decoder(shape(BRIEF))
+    tokens = jnp.zeros((1, BRIEF.length), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    folder = tmp_path_factory.mktemp("models")
+    to_hf(folder / "base-0", model, params)
+    return str(folder)
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_quick_run(name: str, tmp_path: pathlib.Path):
+def test_quick_run(name: str, bases: str, tmp_path: pathlib.Path):
     module = recipe(name)
-    report = module.run(module.QUICK, out=tmp_path, progress=False)
+    config = module.QUICK
+    if name not in ("gptq", "layerwise"):
+        config = dataclasses.replace(config, bases=bases)
+    report = module.run(config, out=tmp_path, progress=False)
     assert report.recipe == name and len(report.arms) >= 3 and report.findings
     for arm in report.arms:
         figures = arm.figures.items()
@@ -47,6 +63,12 @@ def test_quick_run(name: str, tmp_path: pathlib.Path):
     assert (tmp_path / "report.png").stat().st_size > 10_000
     if name == "layerwise":
         check_choices(report)
+    if name == "gptq":
+        # Those that it has trained give another run the same numbers.
+        config = dataclasses.replace(config, bases=str(tmp_path / "models"))
+        again = module.run(config, progress=False)
+        for a, b in zip(report.arms, again.arms, strict=True):
+            assert a.figures | {"seconds": 0} == b.figures | {"seconds": 0}
 
 
 def check_choices(report: Report):
@@ -94,6 +116,7 @@ def test_channels_that_stand_out_in_the_same_function():
 def test_bad_settings_are_told():
     for name, changes, message in (
         ("awq", {"width": 40}, "multiple of 32"),
+        ("awq", {"bases": "nowhere"}, "nowhere/base-0 holds no config"),
         ("awq", {"only": ("nothing",)}, "no arm is named 'nothing'"),
         ("quantlrm", {"only": ("nothing",)}, "no arm is named 'nothing'"),
         ("quantlrm", {"kept": 1.0}, "a share of channels"),
@@ -102,7 +125,7 @@ def test_bad_settings_are_told():
         ("layerwise", {"width": 40}, "multiples of group=16"),
     ):
         module = recipe(name)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             module.run(dataclasses.replace(module.QUICK, **changes), progress=False)
 
 

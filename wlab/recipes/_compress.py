@@ -9,6 +9,7 @@ that neither training nor calibration has seen, against the bits that are stored
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -22,7 +23,7 @@ import optax
 
 from wlab import data, quant, train
 from wlab.core import Layered, describe, materialise
-from wlab.models import layered
+from wlab.models import from_hf, layered
 from wlab.models.decoder import Decoder, DecoderConfig, tiny
 from wlab.recipes import Arm, Finding, Metric, Report, Run
 from wlab.recipes._figures import styles
@@ -56,6 +57,8 @@ class Config:
       group: input channels that share a range.
       kernels: of a block, those that are compressed; () for all. For GPTQ and its kin.
       seeds: how many decoders, each with its own calibration sequences.
+      bases: the folder ``models`` of an earlier run with the same decoders, which are
+        not trained again; "" for none.
     """
 
     only: tuple[str, ...] = ()
@@ -70,6 +73,7 @@ class Config:
     group: int = 32
     kernels: tuple[str, ...] = ()
     seeds: int = 3
+    bases: str = ""
 
 
 BRIEF = Config(
@@ -143,6 +147,34 @@ def train_base(config: Config, seed: int, kept: Run, bar: Any) -> Base:
     """One decoder; from its checkpoint where the run goes on."""
     model = Decoder(shape(config))
     text = data.text(config.text)
+    name = f"base {seed}"
+    if config.bases:
+        params = _found(model, pathlib.Path(config.bases, f"base-{seed}"))
+        bar(config.base_steps, {})
+    else:
+        params = _trained(
+            config, seed, model, text.train, functools.partial(kept.fit, name), bar
+        )
+    kept.save_model(name, model, params)
+    # Other windows than those of training: the order of another seed.
+    fresh = data.windows(text.train, batch=8, length=config.length, seed=1000 + seed)
+    rows = iter(fresh)
+    calibration = [next(rows)[:, :-1] for _ in range(config.calibration // 8)]
+    held_out = data.valid_windows(text.valid, batch=16, length=config.length, limit=16)
+    return Base(
+        model,
+        jax.device_get(params),
+        np.stack(calibration),
+        jnp.asarray(held_out),
+        seed,
+        config.kernels or None,
+    )
+
+
+def _trained(
+    config: Config, seed: int, model: Decoder, text: Any, fit: Any, bar: Any
+) -> Any:
+    """The parameters after AdamW on the text."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, 3e-3, max(1, config.base_steps // 20), config.base_steps
     )
@@ -155,29 +187,33 @@ def train_base(config: Config, seed: int, kept: Run, bar: Any) -> Base:
     begin = jnp.zeros((1, config.length), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(seed), begin)["params"]
     size = {"batch": config.base_batch, "length": config.length}
-    state, _ = kept.fit(
-        f"base {seed}",
+    state, _ = fit(
         train.make_train_step(loss, tx),
         train.init_state(params, tx),
-        data.windows(text.train, seed=seed, **size),
+        data.windows(text, seed=seed, **size),
         steps=config.base_steps,
         every=max(1, config.base_steps // 20),
         progress=bar,
     )
-    kept.save_model(f"base {seed}", model, state.params)
-    # Other windows than those of training: the order of another seed.
-    fresh = data.windows(text.train, batch=8, length=config.length, seed=1000 + seed)
-    rows = iter(fresh)
-    calibration = [next(rows)[:, :-1] for _ in range(config.calibration // 8)]
-    held_out = data.valid_windows(text.valid, batch=16, length=config.length, limit=16)
-    return Base(
-        model,
-        jax.device_get(state.params),
-        np.stack(calibration),
-        jnp.asarray(held_out),
-        seed,
-        config.kernels or None,
-    )
+    return state.params
+
+
+def _found(model: Decoder, folder: pathlib.Path) -> Any:
+    """The parameters that an earlier run has left."""
+    other, params = from_hf(folder, scan=True)
+    names = ("vocab", "width", "depth", "heads", "kv_heads", "head_dim", "hidden")
+    differ = [
+        f"{name}={theirs} there and {ours} here"
+        for name in names
+        if (theirs := getattr(other.config, name))
+        != (ours := getattr(model.config, name))
+    ]
+    if differ:
+        raise ValueError(
+            f"bases: {folder} is another decoder: {', '.join(differ)}; give the "
+            "setting of that run"
+        )
+    return params
 
 
 def held_out_loss(base: Base, params: Any, model: Decoder | None = None) -> float:

@@ -33,6 +33,17 @@ def dense_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
+def normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> jax.Array:
+    return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
+
+def made(model: nn.Module, *args: Any) -> Any:
+    """Variables for a model, of any values."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *args)
+    return jax.tree.map(lambda x: normal(rng, *x.shape, scale=0.3), shapes)
+
+
 def low_rank(params: Any, *, rank: int = 2, base: Callable[..., Any] = lambda w: w):
     """The tree with every matrix perturbed by low-rank terms."""
     views = wlab.core.matrix_views(params)
@@ -43,10 +54,10 @@ def low_rank(params: Any, *, rank: int = 2, base: Callable[..., Any] = lambda w:
             return w
         n_in, n_out = len(view.inputs), len(view.outputs)
         stack = w.shape[: w.ndim - n_in - n_out]
-        ka, kb = jax.random.split(jax.random.key(len(path)))
-        a = jax.random.normal(ka, (*w.shape[: w.ndim - n_out], rank))
-        b = jax.random.normal(kb, (*stack, *w.shape[w.ndim - n_out :], rank))
-        return LowRank(base(w), 0.2 * a, b, 0.5)
+        rng = np.random.default_rng(len(path))
+        a = normal(rng, *w.shape[: w.ndim - n_out], rank, scale=0.2)
+        b = normal(rng, *stack, *w.shape[w.ndim - n_out :], rank)
+        return LowRank(base(w), a, b, 0.5)
 
     return map_with_path(one, params)
 
@@ -57,22 +68,28 @@ def arrays(tree: Any) -> list[np.ndarray]:
 
 def agrees(apply: Any, tree: Any, *args: Any, tol: float = 2e-5) -> None:
     """The lifted function and its gradient equal those on dense weights."""
-    want = apply(wlab.materialise(tree), *args)
-    got = jax.jit(wlab.lift(apply))(tree, *args)
+
+    def on_dense(tree: Any) -> jax.Array:
+        return apply(wlab.materialise(tree), *args)
+
+    def on_parts(tree: Any) -> jax.Array:
+        return wlab.lift(apply)(tree, *args)
+
+    @jax.jit
+    def value_and_grad(tree: Any) -> Any:
+        def of(fn: Any) -> Any:
+            def loss(tree: Any) -> Any:
+                value = fn(tree)
+                return jnp.mean(jnp.square(value.astype(jnp.float32))), value
+
+            grads, value = jax.grad(loss, has_aux=True)(tree)
+            return value, grads
+
+        return of(on_parts), of(on_dense)
+
+    (got, grads), (want, want_grads) = value_and_grad(tree)
     chex.assert_trees_all_close(got, want, rtol=tol, atol=tol)
-
-    def lifted_loss(t: Any) -> jax.Array:
-        return jnp.mean(jnp.square(wlab.lift(apply)(t, *args).astype(jnp.float32)))
-
-    def dense_loss(t: Any) -> jax.Array:
-        dense = wlab.materialise(t)
-        return jnp.mean(jnp.square(apply(dense, *args).astype(jnp.float32)))
-
-    for g, h in zip(
-        arrays(jax.jit(jax.grad(lifted_loss))(tree)),
-        arrays(jax.grad(dense_loss)(tree)),
-        strict=True,
-    ):
+    for g, h in zip(arrays(grads), arrays(want_grads), strict=True):
         np.testing.assert_allclose(g, h, rtol=20 * tol, atol=tol)
 
 
@@ -124,31 +141,31 @@ class Images(nn.Module):
 
 
 @pytest.fixture
-def x(key: jax.Array) -> jax.Array:
-    return jax.random.normal(key, (2, 4, WIDTH))
+def x() -> jax.Array:
+    return normal(np.random.default_rng(0), 2, 4, WIDTH)
 
 
 @pytest.mark.parametrize("model", [Plain(), Remat(), Scanned()], ids=repr)
 def test_linen_blocks_never_form_the_dense_sum(
-    model: nn.Module, x: jax.Array, key: jax.Array, dense_shapes: list
+    model: nn.Module, x: jax.Array, dense_shapes: list
 ):
-    params = low_rank(model.init(key, x))
+    params = low_rank(made(model, x))
     jax.make_jaxpr(jax.grad(lambda p: wlab.lift(model.apply)(p, x).sum()))(params)
     assert not dense_shapes
     agrees(model.apply, params, x)
 
 
-def test_embedding_lookup_and_attend(key: jax.Array, dense_shapes: list):
-    tokens = jax.random.randint(key, (3, 5), 0, 20)
-    params = low_rank(Tied().init(key, tokens))
+def test_embedding_lookup_and_attend(dense_shapes: list):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (3, 5)))
+    params = low_rank(made(Tied(), tokens))
     jax.make_jaxpr(wlab.lift(Tied().apply))(params, tokens)
     assert not dense_shapes
     agrees(Tied().apply, params, tokens)
 
 
-def test_convolutions(key: jax.Array, dense_shapes: list):
-    images = jax.random.normal(key, (2, 9, 8, 3))
-    params = low_rank(Images().init(key, images))
+def test_convolutions(dense_shapes: list):
+    images = normal(np.random.default_rng(0), 2, 9, 8, 3)
+    params = low_rank(made(Images(), images))
     jax.make_jaxpr(wlab.lift(Images().apply))(params, images)
     assert not dense_shapes
     agrees(Images().apply, params, images)
@@ -165,40 +182,40 @@ class NnxModel(nnx.Module):
         return self.conv(nnx.relu(self.up(self.attention(self.embed(tokens)))))
 
 
-def test_nnx_split_and_module(key: jax.Array, dense_shapes: list):
-    tokens = jax.random.randint(key, (3, 5), 0, 20)
+def test_nnx_split_and_module(dense_shapes: list):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (3, 5)))
 
     def call(state: Any, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graph, state, rest)(tokens)
 
-    graph, state, rest = nnx.split(NnxModel(nnx.Rngs(0)), nnx.Param, ...)
+    model = nnx.jit(lambda: NnxModel(nnx.Rngs(0)))()
+    graph, state, rest = nnx.split(model, nnx.Param, ...)
     params = low_rank(state)
     jax.make_jaxpr(wlab.lift(call))(params, tokens)
     assert not dense_shapes
     agrees(call, params, tokens)
 
-    module = low_rank(NnxModel(nnx.Rngs(0)))
-    want = wlab.materialise(module)(tokens)
-    np.testing.assert_allclose(wlab.lift(module)(tokens), want, rtol=1e-4, atol=1e-4)
-    called = jax.jit(wlab.lift(lambda m, t: m(t)))(module, tokens)
-    np.testing.assert_allclose(called, want, rtol=1e-4, atol=1e-4)
+    @jax.jit
+    def three_ways(module: Any, tokens: jax.Array) -> Any:
+        want = wlab.materialise(module)(tokens)
+        called = wlab.lift(lambda m, t: m(t))(module, tokens)
+        return want, wlab.lift(module)(tokens), called
+
+    want, *got = three_ways(low_rank(model), tokens)
+    for each in got:
+        np.testing.assert_allclose(each, want, rtol=1e-4, atol=1e-4)
 
 
-def test_the_dense_sum_is_not_in_the_program(x: jax.Array, key: jax.Array):
+def test_the_dense_sum_is_not_in_the_program():
     """Inside the jaxpr of value and gradient, no new array has the weight's shape."""
     w, d = 96, 80
-    k = jax.random.split(key, 4)
-    weight = LowRank(
-        jax.random.normal(k[0], (w, d)),
-        jax.random.normal(k[1], (w, 2)),
-        jax.random.normal(k[2], (d, 2)),
-    )
+    weight = LowRank(jnp.ones((w, d)), jnp.ones((w, 2)), jnp.ones((d, 2)))
 
     def loss(factors: Any, x: jax.Array) -> jax.Array:
         tree = {"kernel": LowRank(weight.base, *factors)}
         return jnp.sum(wlab.lift(lambda p, x: x @ p["kernel"])(tree, x) ** 2)
 
-    xs = jax.random.normal(k[3], (5, w))
+    xs = jnp.ones((5, w))
     program = jax.make_jaxpr(jax.value_and_grad(loss))((weight.a, weight.b), xs)
     made = [v.aval.shape for e in _equations(program.jaxpr) for v in e.outvars]
     assert made
@@ -264,7 +281,7 @@ def test_plain_functions(
     x: jax.Array,
     dense_shapes: list,
 ):
-    tree = low_rank({"kernel": 0.1 * jnp.ones(shape)})
+    tree = low_rank({"kernel": jnp.full(shape, 0.1)})
     assert isinstance(tree["kernel"], Weight)
 
     def call(p: Any, x: jax.Array) -> jax.Array:
@@ -303,22 +320,17 @@ def test_nested_weights_dispatch_again(x: jax.Array, dense_shapes: list):
 
 
 def test_weights_without_base(x: jax.Array):
-    k = jax.random.split(jax.random.key(1), 3)
-    w = LowRank(
-        None,
-        jax.random.normal(k[0], (3, WIDTH, 2)),
-        jax.random.normal(k[1], (3, 2, 5, 2)),
-        jax.random.normal(k[2], (3,)),
-        stack=1,
-    )
+    rng = np.random.default_rng(1)
+    factors = (normal(rng, *s) for s in ((3, WIDTH, 2), (3, 2, 5, 2), (3,)))
+    w = LowRank(None, *factors, stack=1)
     assert w.shape == (3, WIDTH, 2, 5)
     assert w.view == MatrixView((-3,), (-2, -1))
     agrees(lambda p, x: jnp.einsum("bsd,ldhk->lbshk", x, p["w"]), {"w": w}, x)
 
 
-def test_vmap_over_members_shares_the_base(x: jax.Array, key: jax.Array):
-    base = jax.random.normal(key, (WIDTH, 6))
-    factors = jax.random.normal(key, (5, WIDTH + 6, 1))
+def test_vmap_over_members_shares_the_base(x: jax.Array):
+    rng = np.random.default_rng(1)
+    base, factors = normal(rng, WIDTH, 6), normal(rng, 5, WIDTH + 6, 1)
 
     def member(f: jax.Array, x: jax.Array) -> jax.Array:
         tree = {"kernel": LowRank(base, f[:WIDTH], f[WIDTH:])}
@@ -327,9 +339,10 @@ def test_vmap_over_members_shares_the_base(x: jax.Array, key: jax.Array):
     program = jax.make_jaxpr(jax.vmap(member, (0, None)))(factors, x)
     made = [v.aval.shape for e in _equations(program.jaxpr) for v in e.outvars]
     assert (5, WIDTH, 6) not in made
-    got = jax.vmap(member, (0, None))(factors, x)
-    deltas = jnp.einsum("nir,nor->nio", factors[:, :WIDTH], factors[:, WIDTH:])
-    want = jnp.einsum("bsi,nio->nbso", x, base[None] + deltas)
+    got = jax.jit(jax.vmap(member, (0, None)))(factors, x)
+    f, w = np.asarray(factors), np.asarray(base)
+    deltas = np.einsum("nir,nor->nio", f[:, :WIDTH], f[:, WIDTH:])
+    want = np.einsum("bsi,nio->nbso", x, w[None] + deltas)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -341,9 +354,8 @@ def test_bfloat16_base_with_float32_factors_rounds_once(x: jax.Array):
     assert w.materialise().dtype == jnp.bfloat16
     # 1.001 rounds to 1 in bfloat16, but a sum of many inputs must feel the factor.
     ones = jnp.ones((1, WIDTH), jnp.bfloat16)
-    got = wlab.lift(lambda p, x: jnp.matmul(x, p, preferred_element_type=jnp.float32))(
-        w, ones
-    )
+    product = lambda p, x: jnp.matmul(x, p, preferred_element_type=jnp.float32)  # noqa: E731
+    got = jax.jit(wlab.lift(product))(w, ones)
     np.testing.assert_allclose(got, WIDTH * 1.001, rtol=1e-5)
 
 
@@ -359,26 +371,18 @@ def test_no_retracing(x: jax.Array):
     call(jax.tree.map(lambda a: a + 1, tree), x)
 
 
-def test_mesh(mesh: jax.sharding.Mesh, x: jax.Array, key: jax.Array):
+def test_mesh(mesh: jax.sharding.Mesh):
     """Equal to one device with Auto and with Explicit axes, contractions included."""
-    x = jax.random.normal(key, (8, 16))
-    ka, kb = jax.random.split(key)
-    up = LowRank(
-        jax.random.normal(ka, (16, 4, 6)),
-        jax.random.normal(ka, (16, 2)),
-        jax.random.normal(kb, (4, 6, 2)),
-    )
-    down = LowRank(
-        jax.random.normal(kb, (4, 6, 16)),
-        jax.random.normal(kb, (4, 6, 2)),
-        jax.random.normal(ka, (16, 2)),
-    )
+    rng = np.random.default_rng(0)
+    x = normal(rng, 8, 16)
+    up = LowRank(*(normal(rng, *s) for s in ((16, 4, 6), (16, 2), (4, 6, 2))))
+    down = LowRank(*(normal(rng, *s) for s in ((4, 6, 16), (4, 6, 2), (16, 2))))
 
     def fn(p: Any, x: jax.Array, out: Any = None) -> jax.Array:
         h = jax.nn.relu(jnp.einsum("bd,dhk->bhk", x, p["up"]))
         return jnp.einsum("bhk,hkd->bd", h, p["down"], out_sharding=out)
 
-    want = fn(wlab.materialise({"up": up, "down": down}), x)
+    want = jax.jit(lambda p: fn(wlab.materialise(p), x))({"up": up, "down": down})
     with jax.set_mesh(mesh):
         put = jax.device_put
         tree = {

@@ -18,17 +18,22 @@ from hypothesis.extra import numpy as hnp
 
 from wlab.core import linalg
 
-SPECS_2D = [
-    jax.P("data", None),
-    jax.P(None, "model"),
-    jax.P("data", "model"),
-    jax.P(None, None),
-    jax.P(None, ("data", "model")),
-]
-SPECS_3D = [
-    jax.P("data", None, None),
-    jax.P(None, "data", "model"),
-    jax.P("model", None, "data"),
+# Every spec under Explicit axes, where it is a type; further ones under Auto axes.
+SHARDED = [
+    ("explicit", jax.P("data", None), "jit"),
+    ("explicit", jax.P(None, "model"), "jit"),
+    ("explicit", jax.P("data", "model"), "jit"),
+    ("explicit", jax.P(None, None), "jit"),
+    ("explicit", jax.P(None, ("data", "model")), "jit"),
+    ("explicit", jax.P("data", None, None), "jit"),
+    ("explicit", jax.P(None, "data", "model"), "jit"),
+    ("explicit", jax.P("model", None, "data"), "jit"),
+    ("auto", jax.P("data", "model"), "jit"),
+    ("auto", jax.P(None, ("data", "model")), "jit"),
+    ("auto", jax.P(None, "data", "model"), "jit"),
+    ("explicit", jax.P("data", "model"), "eager"),
+    ("auto", jax.P("data", "model"), "eager"),
+    ("explicit", jax.P("model", None, "data"), "eager"),
 ]
 COLLECTIVES = re.compile(
     r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[\w-]*\("
@@ -57,26 +62,23 @@ def all_functions(x: jax.Array, spd: jax.Array) -> dict[str, Any]:
 
 
 def rectangular(*shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(1), shape)
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
 
 def definite(*shape: int) -> jax.Array:
-    x = rectangular(*shape)
-    return (
-        jnp.einsum("...ij,...kj->...ik", x, x)
-        + 0.1 * jnp.eye(shape[-2])[(None,) * (len(shape) - 2)]
-    )
+    x = np.asarray(rectangular(*shape))
+    return jnp.asarray(x @ np.swapaxes(x, -1, -2) + 0.1 * np.eye(shape[-2], dtype="f4"))
 
 
 def same_sharding(x: jax.Array, y: jax.Array) -> bool:
     return jax.typeof(x).sharding == jax.typeof(y).sharding
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize("spec", SPECS_2D + SPECS_3D, ids=str)
+@pytest.mark.parametrize(("mesh", "spec", "how"), SHARDED, ids=str, indirect=["mesh"])
 def test_sharded_equals_unsharded(
-    mesh: jax.sharding.Mesh, spec: jax.P, compiled: bool
+    mesh: jax.sharding.Mesh, spec: jax.P, how: str
 ) -> None:
+    compiled = how == "jit"
     shape = (8, 16, 8) if len(spec) == 3 else (16, 8)
     square = (8, 8, 8) if len(spec) == 3 else (8, 8)
     x, spd = rectangular(*shape), definite(*square)
@@ -151,7 +153,6 @@ def test_under_vmap_scan_and_grad_on_a_mesh(mesh: jax.sharding.Mesh) -> None:
     x = rectangular(4, 16, 8)
     stacked = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data", None, "model")))
     layers = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "data", "model")))
-    plain = linalg.orthogonalize(x)
 
     def scan(xs: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda c, w: (c, linalg.orthogonalize(w)), 0.0, xs)[1]
@@ -159,14 +160,17 @@ def test_under_vmap_scan_and_grad_on_a_mesh(mesh: jax.sharding.Mesh) -> None:
     def loss(w: jax.Array) -> jax.Array:
         return jnp.sum(linalg.orthogonalize(w) ** 3)
 
+    @jax.jit
+    def three(stacked: jax.Array, layers: jax.Array) -> Any:
+        mapped = jax.vmap(linalg.orthogonalize)(stacked)
+        return mapped, scan(layers), jax.grad(loss)(layers)
+
+    plain, grad = jax.jit(lambda x: (linalg.orthogonalize(x), jax.grad(loss)(x)))(x)
     with jax.set_mesh(mesh):
-        mapped = jax.jit(jax.vmap(linalg.orthogonalize))(stacked)
-        scanned = jax.jit(scan)(layers)
-        grad = jax.jit(jax.grad(loss))(layers)
-    assert same_sharding(mapped, stacked)
-    assert same_sharding(scanned, layers)
-    assert same_sharding(grad, layers)
-    for y, expected in ((mapped, plain), (scanned, plain), (grad, jax.grad(loss)(x))):
+        found = three(stacked, layers)
+    wanted, placed = (plain, plain, grad), (stacked, layers, layers)
+    for y, expected, source in zip(found, wanted, placed, strict=True):
+        assert same_sharding(y, source)
         np.testing.assert_allclose(
             jax.device_get(y), jax.device_get(expected), rtol=1e-4, atol=1e-5
         )
@@ -183,7 +187,7 @@ def test_inside_shard_map_nothing_is_moved(mesh: jax.sharding.Mesh) -> None:
         out_specs=jax.P("data", "model"),
     )
     y = jax.jit(mapped)(x)
-    block = linalg.orthogonalize(rectangular(16, 8)[:4, :4])
+    block = jax.jit(linalg.orthogonalize)(np.asarray(rectangular(16, 8))[:4, :4])
     np.testing.assert_allclose(
         jax.device_get(y)[:4, :4], jax.device_get(block), atol=1e-6
     )
@@ -232,11 +236,21 @@ def test_why_there_is_a_helper() -> None:
 def test_factors_have_their_defining_properties(shape: tuple[int, ...]) -> None:
     x = np.asarray(rectangular(*shape), np.float64)
     k = min(shape[-2:])
-    u, s, vt = (np.asarray(f, np.float64) for f in linalg.svd(rectangular(*shape)))
+    spd = definite(*shape)
+    factors = jax.jit(
+        lambda x, spd: (
+            linalg.svd(x),
+            linalg.qr(x),
+            linalg.cholesky(spd),
+            linalg.eigh(spd),
+        )
+    )(rectangular(*shape), spd)
+    svd, qr, low, eigh = jax.tree.map(lambda f: np.asarray(f, np.float64), factors)
+    u, s, vt = svd
     assert u.shape == (*shape[:-1], k) and vt.shape == (*shape[:-2], k, shape[-1])
     np.testing.assert_allclose((u * s[..., None, :]) @ vt, x, atol=1e-5)
     np.testing.assert_allclose(s, np.linalg.svd(x, compute_uv=False), atol=1e-5)
-    q, r = (np.asarray(f, np.float64) for f in linalg.qr(rectangular(*shape)))
+    q, r = qr
     np.testing.assert_allclose(q @ r, x, atol=1e-5)
     np.testing.assert_allclose(
         np.swapaxes(q, -1, -2) @ q,
@@ -244,12 +258,9 @@ def test_factors_have_their_defining_properties(shape: tuple[int, ...]) -> None:
         atol=1e-5,
     )
     np.testing.assert_array_equal(r, np.triu(r))
-
-    spd = definite(*shape)
-    low = np.asarray(linalg.cholesky(spd), np.float64)
     np.testing.assert_allclose(low @ np.swapaxes(low, -1, -2), spd, atol=1e-4)
     np.testing.assert_array_equal(low, np.tril(low))
-    w, v = (np.asarray(f, np.float64) for f in linalg.eigh(spd))
+    w, v = eigh
     np.testing.assert_allclose(
         (v * w[..., None, :]) @ np.swapaxes(v, -1, -2), spd, atol=1e-4
     )
@@ -258,12 +269,14 @@ def test_factors_have_their_defining_properties(shape: tuple[int, ...]) -> None:
 
 def test_square_root_of_a_singular_matrix() -> None:
     x = rectangular(3, 6, 2)
-    low_rank = jnp.einsum("bij,bkj->bik", x, x)
-    root = np.asarray(linalg.sqrtm_psd(low_rank), np.float64)
+    low_rank = np.einsum("bij,bkj->bik", x, x)
+    sqrtm = jax.jit(linalg.sqrtm_psd)
+    root = np.asarray(sqrtm(low_rank), np.float64)
     np.testing.assert_allclose(root @ root, low_rank, atol=1e-5)
     np.testing.assert_allclose(root, np.swapaxes(root, -1, -2), atol=1e-6)
     assert np.linalg.eigvalsh(root).min() > -1e-5
-    np.testing.assert_array_equal(linalg.sqrtm_psd(jnp.zeros((4, 4))), np.zeros((4, 4)))
+    zero = np.zeros((4, 4), np.float32)
+    np.testing.assert_array_equal(sqrtm(zero), zero)
 
 
 @pytest.mark.parametrize("shape", [(16, 8), (8, 16), (3, 8, 8)])
@@ -271,23 +284,23 @@ def test_orthogonalize_moves_singular_values_to_one_and_nothing_else(
     shape: tuple[int, ...],
 ) -> None:
     x = rectangular(*shape)
-    y = linalg.orthogonalize(x)
-    u, s, vt = linalg.svd(x)
-    inner = jnp.einsum("...ij,...ik,...lk->...jl", u, y, vt)
-    diagonal = jnp.diagonal(inner, axis1=-2, axis2=-1)
-    rest = (
-        inner - diagonal[..., None] * jnp.eye(s.shape[-1])[(None,) * (len(shape) - 2)]
-    )
-    assert jnp.abs(rest).max() < 1e-4
-    large = s > 0.002 * jnp.linalg.norm(s, axis=-1, keepdims=True)
+
+    @jax.jit
+    def three(x: jax.Array) -> Any:
+        turned = linalg.orthogonalize(jnp.swapaxes(x, -1, -2))
+        return linalg.orthogonalize(x), turned, linalg.orthogonalize(1e3 * x)
+
+    y, turned, larger = map(np.asarray, three(x))
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    inner = np.einsum("...ij,...ik,...lk->...jl", u, y, vt)
+    diagonal = np.diagonal(inner, axis1=-2, axis2=-1)
+    rest = inner - diagonal[..., None] * np.eye(s.shape[-1])
+    assert np.abs(rest).max() < 1e-4
+    large = s > 0.002 * np.linalg.norm(s, axis=-1, keepdims=True)
     assert large.sum() >= s.size - 1
     assert diagonal[large].min() > 0.68 and diagonal[large].max() < 1.21
-    np.testing.assert_allclose(
-        linalg.orthogonalize(jnp.swapaxes(x, -1, -2)),
-        jnp.swapaxes(y, -1, -2),
-        atol=1e-5,
-    )
-    np.testing.assert_allclose(linalg.orthogonalize(1e3 * x), y, atol=1e-5)
+    np.testing.assert_allclose(turned, np.swapaxes(y, -1, -2), atol=1e-5)
+    np.testing.assert_allclose(larger, y, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(4, 64), (64, 4)])

@@ -63,7 +63,7 @@ def tree_of(shapes: dict[str, tuple[int, ...]], seed: int, dtype: Any = None) ->
         node = out
         for part in parts:
             node = node.setdefault(part, {})
-        node[leaf] = jnp.asarray(rng.normal(size=shape), dtype or jnp.float32)
+        node[leaf] = rng.normal(size=shape).astype(dtype or np.float32)
     return out
 
 
@@ -88,7 +88,7 @@ def masks(params: Any, slices: str, choice: Any) -> dict[str, np.ndarray]:
         return out
     for path, picked in chosen.items():
         leaf = leaves[path]
-        mask = np.array(as_matrices(jnp.zeros(leaf.shape), leaf.view), bool)
+        mask = np.array(as_matrices(np.zeros(leaf.shape), leaf.view), bool)
         for place in np.ndindex(picked.shape[:-1]):
             at = np.asarray(picked[place])
             assert len({*at.tolist()}) == len(at)
@@ -134,6 +134,17 @@ def counted(tx: Any) -> tuple[Callable[..., Any], list[int]]:
     return jax.jit(update), traces
 
 
+def first(tx: Any, grads: Any, params: Any = None, **extra: Any) -> Any:
+    """Updates and state of the first step, in one program."""
+    params = grads if params is None else params
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p, **extra))(grads, params)
+
+
+def start(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A state on a mesh; under Auto axes a compiled one is where the compiler likes."""
+    return (jax.jit(tx.init) if mesh.are_all_axes_explicit else tx.init)(params)
+
+
 @pytest.mark.parametrize(
     ("name", "reset"),
     [
@@ -147,7 +158,7 @@ def test_adam_on_the_active_slices_and_signs_outside(name: str, reset: Any):
     every = 2
     tx = subset(ADAM, every=every, reset=reset, outside=jnp.sign, **options)
     params = tree_of(shapes, 0)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     step, traces = counted(tx)
     oracle, before = Oracle(shapes), None
     seen = set()
@@ -176,29 +187,31 @@ def test_adam_on_the_active_slices_and_signs_outside(name: str, reset: Any):
 
 
 def test_without_reset_moments_stay_in_their_slots():
-    params = {"w": {"kernel": jnp.zeros((6, 3))}}
+    params = {"w": {"kernel": np.zeros((6, 3), np.float32)}}
     tx = subset(ADAM, 2, slices="columns", choose=subsets.ascending, reset="none")
-    state, inner = tx.init(params), ADAM.init(jnp.zeros((2, 3)))
+    state, inner = jax.jit(tx.init)(params), ADAM.init(jnp.zeros((2, 3)))
+    step, adam = jax.jit(tx.update), jax.jit(ADAM.update)
     for i in range(4):
         grads = tree_of({"w/kernel": (6, 3)}, i)
-        updates, state = tx.update(grads, state, params)
+        updates, state = step(grads, state, params)
         at = np.arange(2 * i, 2 * i + 2) % 6
-        want, inner = ADAM.update(grads["w"]["kernel"][at], inner)
-        np.testing.assert_allclose(updates["w"]["kernel"][at], want, rtol=1e-5)
-        assert np.count_nonzero(updates["w"]["kernel"]) == want.size
+        want, inner = adam(grads["w"]["kernel"][at], inner)
+        got = np.asarray(updates["w"]["kernel"])
+        np.testing.assert_allclose(got[at], want, rtol=1e-5)
+        assert np.count_nonzero(got) == want.size
 
 
 def test_a_choice_that_returns_goes_on_in_its_slot():
     """Layers 0, 1 then 1, 2: layer 1 keeps its count and its slot."""
-    params = {"blocks": jnp.zeros((3, 2))}
+    params = {"blocks": np.ones((3, 2), np.float32)}
 
     def rule(draw: subsets.Draw) -> jax.Array:
         return jnp.where(draw.round == 0, jnp.array([0, 1]), jnp.array([1, 2]))
 
     tx = subset(ADAM, 2, select="blocks", choose=rule, reset="new")
-    state = tx.init(params)
+    state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
     for i in range(2):
-        _, state = tx.update({"blocks": jnp.ones((3, 2))}, state, params)
+        _, state = step(params, state, params)
         assert state.choice["blocks"].tolist() == [[0, 1], [2, 1]][i]
     assert state.inner["blocks"].count.tolist() == [1, 2]
 
@@ -208,13 +221,17 @@ def test_a_choice_that_returns_goes_on_in_its_slot():
 
 def choices(rule: Any, k: int, n: int, steps: int, grads: Any = None) -> np.ndarray:
     tx = subset(ADAM, k, select="blocks", choose=rule)
-    grads = {"blocks": jnp.ones((n, 2))} if grads is None else grads
+    grads = {"blocks": np.ones((n, 2), np.float32)} if grads is None else grads
 
-    def step(state: Any, _: Any) -> Any:
-        state = tx.update(grads, state)[1]
-        return state, state.choice["blocks"]
+    @jax.jit
+    def run(grads: Any) -> jax.Array:
+        def step(state: Any, _: Any) -> Any:
+            state = tx.update(grads, state)[1]
+            return state, state.choice["blocks"]
 
-    return np.asarray(jax.lax.scan(step, tx.init(grads), None, steps)[1])
+        return jax.lax.scan(step, tx.init(grads), None, steps)[1]
+
+    return np.asarray(run(grads))
 
 
 def test_random_choices_are_distinct_and_even():
@@ -235,7 +252,7 @@ def test_cyclic_choices_take_turns():
 
 
 def test_choices_by_gradient():
-    grads = {"blocks": jnp.array([1.0, 5.0, 2.0, 2.0])[:, None]}
+    grads = {"blocks": np.array([[1.0], [5.0], [2.0], [2.0]], np.float32)}
     assert choices(subsets.largest, 1, 4, 1, grads).tolist() == [[1]]
     found = choices(subsets.in_proportion, 1, 4, 3000, grads)
     share = np.bincount(found.ravel(), minlength=4) / 3000
@@ -245,22 +262,22 @@ def test_choices_by_gradient():
 def test_matrices_and_stacked_layers_draw_apart():
     params = tree_of({"blocks/w": (2, 64, 3), "v": (64, 3)}, 0)
     tx = subset(ADAM, 8, slices="columns", select=["blocks*", "v"])
-    state = jax.jit(tx.update)(params, tx.init(params))[1]
+    state = first(tx, params)[1]
     drawn = [*state.choice["blocks"]["w"].tolist(), state.choice["v"].tolist()]
     assert len({str(x) for x in drawn}) == 3
 
 
 def test_a_rule_sees_extra_arguments_and_another_seed_draws_anew():
-    params = {"blocks": jnp.ones((16, 2))}
+    params = {"blocks": np.ones((16, 2), np.float32)}
 
     def rule(draw: subsets.Draw) -> jax.Array:
         return draw.extra["layers"]
 
     tx = subset(ADAM, 2, select="blocks", choose=rule)
-    _, state = tx.update(params, tx.init(params), layers=jnp.array([3, 9]))
+    _, state = first(tx, params, layers=jnp.array([3, 9]))
     assert state.choice["blocks"].tolist() == [3, 9]
     drawn = [
-        jax.jit(tx.update)(params, tx.init(params))[1].choice["blocks"].tolist()
+        first(tx, params)[1].choice["blocks"].tolist()
         for tx in (subset(ADAM, 4, select="blocks", key=key) for key in (0, 0, 1))
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -276,7 +293,7 @@ def test_the_upcoming_choice_is_the_next_one(name: str, reset: Any):
     shapes, options = CASES[name]
     params = tree_of(shapes, 0)
     tx = subset(ADAM, every=2, reset=reset, **options)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     ask = jax.jit(
         lambda state: subsets.upcoming(state, params, every=2, reset=reset, **options)
     )
@@ -292,8 +309,7 @@ def test_the_upcoming_choice_is_the_next_one(name: str, reset: Any):
 @pytest.mark.parametrize("written_out", [False, True])
 def test_gradients_of_the_chosen_layers_alone(written_out: bool):
     """They give the updates of whole gradients, which are never formed."""
-    params: Any = {"ends": jnp.ones(3), "layers": 0.3 * jnp.ones((4, 3, 3))}
-    params["layers"] += jnp.arange(4.0).reshape(4, 1, 1) / 10
+    params: Any = tree_of({"ends": (3,), "layers": (4, 3, 3)}, 0)
     if written_out:
         params["layers"] = [*params["layers"]]
     parts = Layered(
@@ -304,24 +320,30 @@ def test_gradients_of_the_chosen_layers_alone(written_out: bool):
     grad = layered_value_and_grad(parts)
     options: Any = {"k": 2, "every": 2, "reset": "new", "select": "layers*"}
     tx = subset(ADAM, rest=ADAM, **options)
-    states = [tx.init(params)] * 2
-    batch = jnp.arange(6.0).reshape(2, 3)
-    for _ in range(3):
+    batch = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    @jax.jit
+    def step(params: Any, states: Any) -> Any:
         (chosen,) = subsets.upcoming(states[0], params, **options).values()
         found = grad(params, batch, chosen=chosen)[1]
         some = dict(found.rest)
         some["layers"] = [found.layers, *[None] * 3] if written_out else found.layers
         whole = grad(params, batch)[1]
         pairs = [
-            jax.jit(tx.update)(g, state, params)
+            tx.update(g, state, params)
             for g, state in zip((some, whole), states, strict=True)
         ]
         (got, want), states = zip(*pairs, strict=True)
+        return optax.apply_updates(params, got), states, got, want, some
+
+    states = (jax.jit(tx.init)(params),) * 2
+    for _ in range(3):
+        params, states, got, want, some = step(params, states)
         chex.assert_trees_all_close(got, want, rtol=1e-5)
-        assert optax.tree.norm(got["layers"]) > 0
-        params = optax.apply_updates(params, got)
+        assert any(np.any(x) for x in jax.tree.leaves(got["layers"]))
     with pytest.raises(ValueError, match="outside= moves the others by theirs"):
-        subset(ADAM, outside=jnp.sign, **options).update(some, states[0], params)
+        tx = subset(ADAM, outside=jnp.sign, **options)
+        jax.eval_shape(tx.update, some, states[0], params)
 
 
 # --- Where the state lives, and of what ------------------------------------------
@@ -333,7 +355,8 @@ def test_the_state_has_the_size_of_the_choice(name: str):
     params = tree_of(shapes, 0, jnp.bfloat16)
     tx = subset(ADAM, reset="all", **options)
     state = jax.eval_shape(tx.init, params)
-    active = masks(params, options.get("slices", "layers"), tx.init(params).choice)
+    choice = jax.jit(tx.init)(params).choice
+    active = masks(params, options.get("slices", "layers"), choice)
     want = sum(int(mask.sum()) for mask in active.values())
     if name == "leaves-unlike":
         want = 2 * 25  # slots of the largest
@@ -348,9 +371,9 @@ def test_the_state_has_the_size_of_the_choice(name: str):
 
 def test_moments_of_narrow_parameters_do_not_round():
     """A second moment in bfloat16 would never leave its first value."""
-    params = {"blocks": jnp.ones((2, 4), jnp.bfloat16)}
+    params = {"blocks": np.ones((2, 4), jnp.bfloat16)}
     tx = subset(ADAM, 1, select="blocks", choose=subsets.ascending, every=99)
-    state, step = tx.init(params), jax.jit(tx.update)
+    state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
     for _ in range(50):
         updates, state = step(params, state, params)
     assert updates["blocks"].dtype == jnp.bfloat16
@@ -366,7 +389,17 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("slices", ["layers", "columns", "rows", "entries"])
+@pytest.mark.parametrize(
+    ("mesh", "slices"),
+    [
+        ("auto", "layers"),
+        ("explicit", "layers"),
+        ("explicit", "columns"),
+        ("auto", "rows"),
+        ("explicit", "entries"),
+    ],
+    indirect=["mesh"],
+)
 def test_on_a_mesh(mesh: jax.sharding.Mesh, slices: str):
     """One device's numbers, and a state that a step leaves where it was."""
     options = {**CASES[slices][1], "every": 2, "reset": "new", "outside": jnp.sign}
@@ -375,10 +408,10 @@ def test_on_a_mesh(mesh: jax.sharding.Mesh, slices: str):
         options["select"] = "blocks*"
     tx = subset(ADAM, **options)
     params, grads = tree_of(STACKED, 0), tree_of(STACKED, 1)
-    state = tx.init(params)
+    state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
     want = []
     for _ in range(3):
-        updates, state = jax.jit(tx.update)(grads, state, params)
+        updates, state = step(grads, state, params)
         want.append(updates)
 
     def place(tree: Any) -> Any:
@@ -388,7 +421,7 @@ def test_on_a_mesh(mesh: jax.sharding.Mesh, slices: str):
 
     with jax.set_mesh(mesh):
         params, grads = place(params), place(grads)
-        state = tx.init(params)
+        state = start(tx, params, mesh)
         chex.assert_trees_all_equal(jax.jit(tx.init)(params).choice, state.choice)
         step = jax.jit(tx.update)
         for i in range(3):
@@ -420,9 +453,10 @@ def test_a_mesh_moves_the_active_slices_alone(mesh: jax.sharding.Mesh, slices: s
     }[slices]
     tx = subset(ADAM, 2, slices=slices, select="query*", every=2, outside=jnp.sign)
     with jax.set_mesh(mesh):
-        w = jax.device_put(jnp.ones((8, 64, 4, 16)), jax.NamedSharding(mesh, spec))
+        w = np.ones((8, 64, 4, 16), np.float32)
+        w = jax.device_put(w, jax.NamedSharding(mesh, spec))
         params = {"query": {"kernel": w}}
-        state = tx.init(params)
+        state = start(tx, params, mesh)
         text = jax.jit(tx.update).lower(params, state).compile().as_text()
     sent = sum(c.sent for c in collectives(text, 8))
     auto = mesh.axis_types[0] == jax.sharding.AxisType.Auto
@@ -431,25 +465,28 @@ def test_a_mesh_moves_the_active_slices_alone(mesh: jax.sharding.Mesh, slices: s
 
 
 @pytest.mark.parametrize(
-    ("slices", "k", "given", "held"),
+    ("mesh", "slices", "k", "given", "held"),
     [
-        ("layers", 4, ("data", None, "model"), ("data", None, "model")),
-        ("columns", 4, (None, "data", "model"), (None, "data", "model")),
-        ("rows", 4, (None, "model", "data"), (None, "data", "model")),
+        ("auto", "layers", 4, ("data", None, "model"), ("data", None, "model")),
+        ("explicit", "layers", 4, ("data", None, "model"), ("data", None, "model")),
+        ("explicit", "columns", 4, (None, "data", "model"), (None, "data", "model")),
+        ("auto", "rows", 4, (None, "model", "data"), (None, "data", "model")),
+        ("explicit", "rows", 4, (None, "model", "data"), (None, "data", "model")),
         # Three do not divide by four devices, but the other axis does.
-        ("columns", 3, (None, "data", None), (None, None, "data")),
-        ("columns", 3, (None, "data", "model"), (None, None, "model")),
+        ("explicit", "columns", 3, (None, "data", None), (None, None, "data")),
+        ("auto", "columns", 3, (None, "data", "model"), (None, None, "model")),
     ],
+    indirect=["mesh"],
 )
 def test_a_device_holds_its_share_of_the_state(
     mesh: Any, slices: str, k: int, given: Any, held: Any
 ):
     tx = subset(ADAM, k, slices=slices, select="up*", every=2)
     with jax.set_mesh(mesh):
-        w = jnp.ones((8, 16, 24))
+        w = np.ones((8, 16, 24), np.float32)
         w = jax.device_put(w, jax.NamedSharding(mesh, jax.P(*given)))
         params = {"up": {"kernel": w}}
-        state = tx.init(params)
+        state = start(tx, params, mesh)
         _, after = jax.jit(tx.update)(params, state, params)
     want = jax.NamedSharding(mesh, jax.P(*held))
     for each in (state, after):
@@ -460,17 +497,21 @@ def test_a_device_holds_its_share_of_the_state(
 def test_under_vmap():
     tx = subset(ADAM, **CASES["columns"][1], reset="new", outside=jnp.sign)
     trees = [tree_of(STACKED, seed) for seed in (0, 1)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+    def stacked(trees: Any) -> Any:
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
     def step(x: Any) -> Any:
-        return tx.update(x, tx.init(x), x)
+        updates, state = tx.update(x, tx.init(x), x)
+        return updates, state.choice
 
-    got, step = jax.jit(jax.vmap(step))(stacked), jax.jit(step)
-    ends = [step(x) for x in trees]
-    want = jax.tree.map(lambda *x: jnp.stack(x), *ends)
-    for a, b in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_equal(got[1].choice, want[1].choice)
+    @jax.jit
+    def both(trees: Any) -> Any:
+        return jax.vmap(step)(stacked(trees)), stacked([step(x) for x in trees])
+
+    got, want = both(trees)
+    chex.assert_trees_all_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(got[1], want[1])
 
 
 # --- What is in no pool ----------------------------------------------------------
@@ -479,10 +520,10 @@ def test_under_vmap():
 def test_the_rest_has_its_own_transform_and_narrow_leaves_wide_state():
     params = tree_of({"blocks/w": (3, 2), "head": (4,)}, 0, jnp.bfloat16)
     tx = subset(ADAM, 1, select="blocks*", rest=optax.trace(0.9))
-    state = tx.init(params)
+    state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
     assert state.rest.trace["head"].dtype == jnp.float32
     for _ in range(2):
-        updates, state = tx.update(params, state, params)
+        updates, state = step(params, state, params)
     np.testing.assert_allclose(
         np.asarray(updates["head"], np.float32),
         1.9 * np.asarray(params["head"], np.float32),
@@ -491,37 +532,42 @@ def test_the_rest_has_its_own_transform_and_narrow_leaves_wide_state():
 
 
 def test_structured_weights_stay_outside():
-    params: Any = {"blocks": {"w": jnp.ones((3, 4, 4))}}
-    params["head"] = {"kernel": wlab.quant.quantize(jnp.eye(4), "int8", axis=-1)}
-    eco = wlab.optim.eco_sgd(0.1, grid="int8")
     grads = tree_of({"blocks/w": (3, 4, 4), "head/kernel": (4, 4)}, 0)
-    tx = subset(ADAM, 1, select="blocks*", rest=eco)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    head = {"head": params["head"]}
-    want, _ = eco.update({"head": grads["head"]}, eco.init(head), head)
-    chex.assert_trees_all_equal(updates["head"], want["head"])
-    passed, _ = subset(ADAM, 1, select="blocks*").update(
-        updates, tx.init(params)._replace(rest=optax.EmptyState()), params
-    )
-    chex.assert_trees_all_equal(passed["head"], want["head"])
+    eco = wlab.optim.eco_sgd(0.1, grid="int8")
+
+    @jax.jit
+    def steps(grads: Any) -> Any:
+        params = {**grads}
+        params["head"] = {"kernel": wlab.quant.quantize(jnp.eye(4), "int8", axis=-1)}
+        tx = subset(ADAM, 1, select="blocks*", rest=eco)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        head = {"head": params["head"]}
+        want, _ = eco.update({"head": grads["head"]}, eco.init(head), head)
+        passing = subset(ADAM, 1, select="blocks*")
+        passed, _ = passing.update(updates, passing.init(params), params)
+        return params, updates["head"], passed["head"], want["head"]
+
+    params, got, passed, want = steps(grads)
+    chex.assert_trees_all_equal(got, want)
+    chex.assert_trees_all_equal(passed, want)
     with pytest.raises(TypeError, match=r"'head/kernel'.*Quantized.*select="):
-        subset(ADAM, 1, slices="columns", select="head*").init(params)
+        tx = subset(ADAM, 1, slices="columns", select="head*")
+        jax.eval_shape(tx.init, params)
 
 
 def test_a_frozen_leaf_has_no_gradient_and_no_update():
-    params = {"blocks": jnp.ones((4, 2)), "frozen": jnp.ones(3)}
+    params = {"blocks": np.ones((4, 2), np.float32), "frozen": np.ones(3, np.float32)}
     tx = subset(ADAM, 2, select="blocks")
-    grads = {**params, "frozen": None}
-    updates, _ = tx.update(grads, tx.init(params), params)
-    assert updates["frozen"] is None and jnp.count_nonzero(updates["blocks"]) == 4
+    updates, _ = first(tx, {**params, "frozen": None}, params)
+    assert updates["frozen"] is None and np.count_nonzero(updates["blocks"]) == 4
 
 
 def test_masked_trees_are_smaller_trees():
-    params = {"blocks": jnp.ones((4, 2)), "other": jnp.ones(3)}
+    params = {"blocks": np.ones((4, 2), np.float32), "other": np.ones(3, np.float32)}
     tx = optax.masked(
         subset(ADAM, 2, select="blocks"), {"blocks": True, "other": False}
     )
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = first(tx, params)
     np.testing.assert_array_equal(updates["other"], params["other"])
     assert np.count_nonzero(updates["blocks"]) == 4
 
@@ -555,8 +601,7 @@ PARAMS = tree_of(STACKED, 0)
 )
 def test_bad_arguments_are_told(options: dict[str, Any], message: str):
     def use() -> None:
-        tx = subset(ADAM, **options)
-        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+        first(subset(ADAM, **options), PARAMS)
 
     with pytest.raises(ValueError, match=message):
         use()
@@ -576,16 +621,16 @@ def test_bad_arguments_are_told(options: dict[str, Any], message: str):
 )
 def test_trees_without_such_layers_are_told(shapes: Any, select: Any, message: str):
     with pytest.raises(ValueError, match=message):
-        subset(ADAM, 1, select=select).init(tree_of(shapes, 0))
+        jax.eval_shape(subset(ADAM, 1, select=select).init, tree_of(shapes, 0))
 
 
 def test_gradients_that_do_not_fit_are_told():
     tx = subset(ADAM, 2)
-    state = tx.init(PARAMS)
+    state = jax.eval_shape(tx.init, PARAMS)
     grads = functools.partial(tree_of, seed=0)
     wrong = grads({**STACKED, "blocks/up/kernel": (3, 4, 6)})
     with pytest.raises(ValueError, match=r"'blocks/up/kernel' is of shape \(3, 4, 6\)"):
-        tx.update(wrong, state, PARAMS)
+        jax.eval_shape(tx.update, wrong, state, PARAMS)
     missing = {**PARAMS, "blocks": {**PARAMS["blocks"], "up": {"kernel": None}}}
     with pytest.raises(ValueError, match="'blocks/up/kernel' is missing"):
-        tx.update(missing, state, PARAMS)
+        jax.eval_shape(tx.update, missing, state, PARAMS)

@@ -193,14 +193,14 @@ def apply_with_losses(
         >>> import jax, jax.numpy as jnp
         >>> from wlab.models.decoder import Decoder, apply_with_losses, tiny
         >>> from wlab.train import next_token_loss
-        >>> model = Decoder(tiny(depth=2, experts=4, hidden=64))
+        >>> model = Decoder(tiny(depth=1, experts=4, hidden=64))
         >>> def loss_fn(params, tokens):
         ...     logits, routers = apply_with_losses(model, params, tokens[:, :-1])
         ...     loss = next_token_loss(logits, tokens)
         ...     return loss + 0.01 * routers["balance_loss"], routers
         >>> tokens = jnp.zeros((2, 8), jnp.int32)
-        >>> params = model.init(jax.random.key(0), tokens)["params"]
-        >>> sorted(loss_fn(params, tokens)[1])
+        >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+        >>> sorted(jax.jit(loss_fn)(params, tokens)[1])
         ['balance_loss', 'dropped', 'max_load', 'z_loss']
     """
     logits, sown = model.apply(

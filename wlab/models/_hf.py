@@ -174,16 +174,16 @@ def to_hf(
             `layout` can store.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, pathlib, tempfile
+        >>> import jax, numpy as np, pathlib, tempfile
         >>> from wlab.models import from_hf, to_hf
         >>> from wlab.models.decoder import Decoder, tiny
         >>> model = Decoder(tiny(depth=1, vocab=32))
-        >>> tokens = jnp.zeros((1, 8), jnp.int32)
+        >>> tokens = np.zeros((1, 8), np.int32)
         >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     to_hf(pathlib.Path(folder, "mine"), model, params)
         ...     again, same = from_hf(pathlib.Path(folder, "mine"), scan=True)
-        >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, same)))
+        >>> jax.tree.all(jax.tree.map(np.array_equal, params, same))
         True
     """
     config = model.config if isinstance(model, Decoder) else model

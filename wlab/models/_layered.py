@@ -67,7 +67,7 @@ def layered(
         >>> from wlab.train import next_token_loss
         >>> model = Decoder(tiny(depth=2))
         >>> tokens = jnp.zeros((2, 9), jnp.int32)
-        >>> params = model.init(jax.random.key(0), tokens)["params"]
+        >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
         >>> grad_fn = layered_value_and_grad(layered(model, next_token_loss))
         >>> (loss, metrics), grads = jax.jit(grad_fn)(params, tokens, chosen=[1])
         >>> grads.layers["mlp"]["up"]["kernel"].shape

@@ -52,7 +52,7 @@ def rotated(
         >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
         >>> turned, other = rotated(model, params, random_hadamard(1, 128))
         >>> want, got = (
-        ...     m.apply({"params": p}, tokens)
+        ...     jax.jit(m.apply)({"params": p}, tokens)
         ...     for m, p in ((model, params), (turned, other))
         ... )
         >>> bool(jnp.allclose(want, got, atol=1e-4))

@@ -140,10 +140,13 @@ def eco(
         >>> tx = eco(1e-3, grid="fp8_e4m3", rounding="nearest")
         >>> state = tx.init(params)
         >>> loss = lambda p: jnp.sum(p["dense"]["kernel"] ** 2)
-        >>> for _ in range(100):
+        >>> @jax.jit
+        ... def step(params, state):
         ...     grads = jax.grad(loss)(wlab.materialise(params))
         ...     updates, state = tx.update(grads, state, params)
-        ...     params = optax.apply_updates(params, updates)
+        ...     return optax.apply_updates(params, updates), state
+        >>> for _ in range(100):
+        ...     params, state = step(params, state)
         >>> bool(loss(wlab.materialise(params)) < 5.0)
         True
     """

@@ -126,9 +126,9 @@ def calibrate(
         >>> from wlab.models import layered
         >>> from wlab.models.decoder import Decoder, tiny
         >>> from wlab.quant import compressors
-        >>> model = Decoder(tiny(depth=1, width=32, hidden=64, heads=2, head_dim=16))
+        >>> model = Decoder(tiny(depth=1, width=32, hidden=32, heads=2, head_dim=16))
         >>> tokens = jax.random.randint(jax.random.key(0), (2, 4, 16), 0, 256)
-        >>> params = model.init(jax.random.key(1), tokens[0])["params"]
+        >>> params = jax.jit(model.init)(jax.random.key(1), tokens[0])["params"]
         >>> parts = layered(model, lambda logits, _: logits.mean(), inputs=lambda t: t)
         >>> made = calibrate(parts, params, tokens, compressors.gptq(group=32))
         >>> [e.error < e.nearest for e in made.errors].count(True)

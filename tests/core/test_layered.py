@@ -28,7 +28,7 @@ DEPTH, WIDTH = 4, 8
 
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> np.ndarray:
-    return (0.5 * np.random.default_rng(seed).normal(size=shape)).astype(dtype)
+    return (0.3 * np.random.default_rng(seed).normal(size=shape)).astype(dtype)
 
 
 def stacked(dtype: Any = jnp.float32) -> Any:
@@ -290,13 +290,13 @@ def test_mesh(form: str, mesh: jax.sharding.Mesh):
             "mask": put(BATCH["mask"], jax.P()),
         }
         got = jax.jit(fn)(placed, batch, start=jnp.int32(1))
-        close(got, want, 1e-5)  # sums over devices, in another order
+        close(got, want)
         if jax.sharding.AxisType.Explicit in mesh.axis_types:
             for g, p in zip(
                 jax.tree.leaves(got[1]), jax.tree.leaves(placed), strict=True
             ):
                 assert jax.typeof(g).sharding.spec == jax.typeof(p).sharding.spec
-        close(jax.jit(fn)(placed, batch, chosen=jnp.array([1, 3])), compact, 1e-5)
+        close(jax.jit(fn)(placed, batch, chosen=jnp.array([1, 3])), compact)
 
 
 @pytest.mark.parametrize("form", ["stacked", "listed"])

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evolution of integers: where noise begins, what moves, and no float anywhere."""
 
+import functools
 from typing import Any
 
 import chex
@@ -17,13 +18,13 @@ from wlab.es import _integer
 from wlab.models import egg
 
 CONFIG = egg.Config(width=4, depth=2)
-PARAMS = egg.init(jax.random.key(0), CONFIG)
+PARAMS = jax.jit(lambda key: egg.init(key, CONFIG))(jax.random.key(0))
 N = 8
 
 
 def make(limit: int = 0, **options: Any) -> tuple[Any, Any]:
     search = es.integer_eggroll([limit], **({"table_size": 1 << 12} | options))
-    return search, search.init(jax.random.key(1), PARAMS)
+    return search, jax.jit(search.init)(jax.random.key(1), PARAMS)
 
 
 def step(search: Any) -> Any:
@@ -42,8 +43,8 @@ def step(search: Any) -> Any:
     return run
 
 
-TOKENS = jax.random.randint(jax.random.key(2), (N, 5), 0, 256)
-MEMORY = jnp.zeros((N, 2, 4), jnp.int8)
+TOKENS = np.random.default_rng(2).integers(0, 256, (N, 5), np.int32)
+MEMORY = np.zeros((N, 2, 4), np.int8)
 
 
 @pytest.mark.parametrize("clt", [True, False])
@@ -62,7 +63,8 @@ def test_no_float_in_a_training_step(clt: bool):
 
 def test_pairs_share_noise_with_opposite_signs():
     search, state = make()
-    plus, minus, other = (search.perturb(state, PARAMS, i) for i in (4, 5, 6))
+    perturb = jax.jit(search.perturb)
+    plus, minus, other = (perturb(state, PARAMS, np.int32(i)) for i in (4, 5, 6))
     np.testing.assert_array_equal(plus["emb"].a, -minus["emb"].a)
     np.testing.assert_array_equal(plus["emb"].b, minus["emb"].b)
     assert np.any(plus["emb"].b != other["emb"].b)
@@ -71,7 +73,11 @@ def test_pairs_share_noise_with_opposite_signs():
 
 def test_the_size_and_the_sign_of_noise():
     search, state = make(sigma_shift=2)
-    tree, noise = search.perturb(state, PARAMS, 5), search.draw(state, PARAMS, 5)
+    tree, noise = jax.device_get(
+        jax.jit(lambda s: (search.perturb(s, PARAMS, 5), search.draw(s, PARAMS, 5)))(
+            state
+        )
+    )
     assert tree["emb"].shift == 6
     # Of an odd member the noise is negative before it is shifted.
     want = np.clip(16 + (-noise["ln_out/scale"] >> 6), -127, 127)
@@ -83,8 +89,9 @@ def test_noise_that_would_pass_the_end_is_the_last_of_the_table():
     search = es.integer_eggroll([0], table_size=8)
     state = search.init(0, params)._replace(table=jnp.arange(8, dtype=jnp.int8))
     starts = set()
+    draw = jax.jit(lambda pair: search.draw(state, params, es.Member(pair, 1))["w"])
     for pair in range(64):
-        a, b = search.draw(state, params, es.Member(pair, 1))["w"]
+        a, b = draw(np.int32(pair))
         found = [*b.ravel().tolist(), *a.ravel().tolist()]
         assert found == list(range(found[0], found[0] + 5))
         starts.add(found[0])
@@ -96,8 +103,9 @@ def test_weights_at_their_ends_stay_there():
     params = {"w": jnp.full((3, 2), 127, jnp.int8).at[0].set(-127)}
     search = es.integer_eggroll([0], table_size=64)
     state = search.init(0, params)
-    for fitness in (jnp.arange(N), -jnp.arange(N)):
-        updates, _ = search.update(state, params, fitness)
+    update = jax.jit(search.update)
+    for fitness in (np.arange(N), -np.arange(N)):
+        updates, _ = update(state, params, fitness)
         new = np.int32(params["w"]) + np.int32(updates["w"])
         assert np.abs(new).max() <= 127
 
@@ -108,11 +116,12 @@ def test_an_update_follows_the_sums(clt: bool):
     search = es.integer_eggroll([0, 9], table_size=64, use_clt=clt)
     state = search.init(4, params)
     update = jax.jit(search.update)
-    fitness = jnp.array([3, 9, 4, 4, 8, 1, 7, 2, 5, 6])
+    draw = jax.jit(jax.vmap(search.draw, (None, None, 0)))
+    fitness = np.array([3, 9, 4, 4, 8, 1, 7, 2, 5, 6])
     for epoch, limit, worth in ((0, 0, fitness), (0, 0, 0 * fitness), (1, 9, fitness)):
         state = state._replace(epoch=jnp.int32(epoch))
-        pairs = es.Member(jnp.arange(5), jnp.ones(5, jnp.int32))
-        noise = jax.vmap(search.draw, (None, None, 0))(state, params, pairs)
+        pairs = es.Member(np.arange(5), np.ones(5, np.int32))
+        noise = draw(state, params, pairs)
         shape = np.int64 if clt else np.sign
         a, b, dense = (shape(np.int64(x)) for x in (*noise["w"], noise["b"]))
         signs = np.sign(np.int64(worth[::2]) - np.int64(worth[1::2]))
@@ -185,7 +194,7 @@ def test_the_share_that_moves_under_random_fitness(alpha: float):
     update = jax.jit(search.update)
     shares = []
     for i in range(20):
-        fitness = jax.random.randint(jax.random.key(i), (512,), 0, 1 << 20)
+        fitness = np.random.default_rng(i).integers(0, 1 << 20, 512, np.int32)
         updates, state = update(state, params, fitness)
         shares.append(np.abs(updates["w"]).mean())
     # Truncation makes the noise smaller than 1, and fewer weights move.
@@ -203,18 +212,26 @@ def test_thresholds_fall_with_the_share_that_moves():
 
 
 def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch):
-    fitness = jax.random.randint(jax.random.key(3), (22,), 0, 9)
+    fitness = np.random.default_rng(3).integers(0, 9, 22, np.int32)
     search, state = make(2)
-    whole, _ = search.update(state, PARAMS, fitness)
+
+    def update() -> Any:
+        return jax.jit(lambda f: search.update(state, PARAMS, f)[0])(fitness)
+
+    whole = update()
     monkeypatch.setattr(_integer, "_AT_ONCE", 40)
-    parts, _ = search.update(state, PARAMS, fitness)
+    parts = update()
     chex.assert_trees_all_equal(parts, whole)
 
 
 def test_noise_is_held_as_told():
-    def noise(reuse: int, epoch: int) -> Any:
+    @functools.cache
+    def drawn(reuse: int) -> Any:
         search, state = make(noise_reuse=reuse)
-        return search.draw(state._replace(epoch=jnp.int32(epoch)), PARAMS, 0)
+        return jax.jit(lambda e: search.draw(state._replace(epoch=e), PARAMS, 0))
+
+    def noise(reuse: int, epoch: int) -> Any:
+        return drawn(reuse)(np.int32(epoch))
 
     chex.assert_trees_all_equal(noise(2, 2), noise(2, 3))
     chex.assert_trees_all_equal(noise(0, 0), noise(0, 7))
@@ -226,7 +243,7 @@ def test_ternary_digits_are_five_to_a_byte():
     packed = es.pack_ternary(values)
     assert packed.dtype == jnp.uint8 and packed.shape == (5,)
     np.testing.assert_array_equal(es.unpack_ternary(packed, 23), values)
-    every = jnp.array([[i // 3**k % 3 - 1 for k in range(5)] for i in range(243)])
+    every = np.array([[i // 3**k % 3 - 1 for k in range(5)] for i in range(243)])
     np.testing.assert_array_equal(
         es.unpack_ternary(es.pack_ternary(every.ravel()), 243 * 5), every.ravel()
     )

@@ -57,7 +57,7 @@ class Images(nn.Module):
 
 
 def linen(model: nn.Module, x: jax.Array) -> tuple[Any, Any]:
-    params = model.init(jax.random.key(0), x)
+    params = jax.jit(model.init)(jax.random.key(0), x)
     return model.apply, params
 
 
@@ -72,12 +72,14 @@ class Both(nnx.Module):
 
 
 def nnx_model(_: Any, x: jax.Array) -> tuple[Any, Any]:
-    graph, params = nnx.split(Both(nnx.Rngs(0)))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Both(nnx.Rngs(0))))
+    params = jax.jit(lambda key: nnx.state(Both(nnx.Rngs(key))))(jax.random.key(0))
     return lambda p, tokens: nnx.merge(graph, p)(tokens), params
 
 
-TOKENS = jax.random.randint(jax.random.key(3), (N, 2, 5), 0, 20)
-PICTURES = jax.random.normal(jax.random.key(3), (N, 2, 7, 7, 2))
+RNG = np.random.default_rng(3)
+TOKENS = RNG.integers(0, 20, (N, 2, 5), np.int32)
+PICTURES = RNG.standard_normal((N, 2, 7, 7, 2)).astype(np.float32)
 MODELS: dict[str, Any] = {
     "language": (linen, Language(), TOKENS),
     "images": (linen, Images(), PICTURES),
@@ -92,20 +94,21 @@ def test_members_are_what_dense_weights_give(
     make, model, x = MODELS[name]
     apply, params = make(model, x[0])
     search = es.eggroll(0.1, 2)
-    state = search.init(1, params)
+    state = jax.jit(search.init)(jax.random.key(1), params)
 
     @jax.jit
     def dense(i: jax.Array, x: jax.Array) -> jax.Array:
         return apply(wlab.materialise(search.perturb(state, params, i)), x)
 
-    want = jnp.stack([dense(i, x[i]) for i in range(N)])
+    want = np.stack([dense(np.int32(i), x[i]) for i in range(N)])
     # From here on, a weight that is made dense is an error.
     for kind in (_perturbed.Perturbed, LowRank):
         monkeypatch.setattr(kind, "materialise", None)
-    kept = es.draw_pairs(search, state, params, N)
 
     @jax.jit
     def runs() -> Any:
+        kept = es.draw_pairs(search, state, params, N)
+
         def one(i: jax.Array, x: jax.Array) -> jax.Array:
             return wlab.lift(apply)(search.perturb(state, params, i), x)
 
@@ -125,7 +128,7 @@ def test_no_member_has_weights_of_its_own():
     n, d = 8, 48
     model = nn.Sequential([nn.Dense(d, use_bias=False), nn.relu, nn.Dense(d + 16)])
     x = jnp.ones((n, 3, d))
-    params = model.init(jax.random.key(0), x)
+    params = jax.jit(model.init)(jax.random.key(0), x)
 
     def largest(search: Any) -> int:
         state = search.init(0, params)

@@ -315,3 +315,13 @@ def test_bad_arguments_are_told():
         jax.eval_shape(lisa(0.1, "blocks_*").init, odd)
     with pytest.raises(ValueError, match="k=3 of 2 layers"):
         sample_layers(jax.random.key(0), 0, 2, 3, 1)
+
+
+def test_parameters_of_numpy():
+    """As checkpoints give them, before anything is compiled."""
+    params = {"blocks": {"w": np.ones((4, 3, 2), np.float32)}}
+    params["b"] = np.ones(2, np.float32)
+    tx = lisa(0.1, "blocks", k=2)
+    updates, _ = tx.update(params, tx.init(params), params)
+    moved = np.asarray(updates["blocks"]["w"]).any((1, 2))
+    assert moved.sum() == 2 and np.asarray(updates["b"]).all()

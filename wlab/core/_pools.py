@@ -734,13 +734,17 @@ def _out(x: jax.Array, spec: list[Any]) -> dict[str, Any]:
 
 
 def _get(x: jax.Array, index: tuple[Any, ...], spec: list[Any]) -> jax.Array:
-    return x.at[index].get(mode="promise_in_bounds", **_out(x, spec))
+    return jnp.asarray(x).at[index].get(mode="promise_in_bounds", **_out(x, spec))
 
 
 def _set(x: jax.Array, index: tuple[Any, ...], values: jax.Array) -> jax.Array:
-    return x.at[index].set(
-        values.astype(x.dtype),
-        unique_indices=True,
-        mode="promise_in_bounds",
-        **_out(x, _spec(x)),
+    return (
+        jnp.asarray(x)
+        .at[index]
+        .set(
+            values.astype(x.dtype),
+            unique_indices=True,
+            mode="promise_in_bounds",
+            **_out(x, _spec(x)),
+        )
     )

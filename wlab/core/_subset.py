@@ -541,7 +541,7 @@ def _into_slots(states: Any, choice: jax.Array, new: Any) -> Any:
     """All slices' states, with those of the chosen ones replaced."""
 
     def put(x: jax.Array, i: jax.Array, y: jax.Array) -> jax.Array:
-        return x.at[i].set(y)
+        return jnp.asarray(x).at[i].set(y)
 
     for _ in range(choice.ndim - 1):
         put = jax.vmap(put)

@@ -87,26 +87,34 @@ def test_pairs_are_exact_negatives(form: Any):
 
 def test_the_gradient_is_the_sum_over_members(form: Any):
     search, state, noise = form
-    fitness = FITNESS
-    z = es.shape_fitness(fitness)
+    grads, after = jax.jit(search.update)(state, PARAMS, FITNESS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, PARAMS)
+    assert int(after.epoch) == 1 and int(after.failed) == 0
+    chex.assert_trees_all_close(grads, sum_over(noise), atol=3e-7)
+
+
+def sum_over(noise: Any) -> Any:
+    z = es.shape_fitness(FITNESS)
+    return jax.tree.map(lambda e: -np.tensordot(z, e, 1) / N**0.5, noise)
+
+
+@pytest.mark.parametrize("name", ["rank 3, two epochs", "open_es"])
+def test_numbered_members_and_kept_noise_give_the_same_gradient(name: str):
+    search = FORMS[name]
+    state = state_of(search)
     order = jax.random.permutation(jax.random.key(2), N)
 
     @jax.jit
     def updates() -> Any:
         kept = es.draw_pairs(search, state, PARAMS, N)
         return (
-            search.update(state, PARAMS, fitness),
-            # Numbered members may come in any order.
-            search.update(state, PARAMS, fitness[order], order)[0],
-            # Noise that was kept is the noise that is drawn again.
-            search.update(state, PARAMS, fitness, noise=kept)[0],
+            # In any order, and with the noise that would be drawn again.
+            search.update(state, PARAMS, FITNESS[order], order)[0],
+            search.update(state, PARAMS, FITNESS, noise=kept)[0],
         )
 
-    (grads, after), shuffled, kept = updates()
-    want = jax.tree.map(lambda e: -np.tensordot(z, e, 1) / N**0.5, noise)
-    chex.assert_trees_all_equal_shapes_and_dtypes(grads, PARAMS)
-    assert int(after.epoch) == 1 and int(after.failed) == 0
-    for got in (grads, shuffled, kept):
+    want = sum_over(noise_of(search, state))
+    for got in updates():
         chex.assert_trees_all_close(got, want, atol=3e-7)
 
 

@@ -107,16 +107,18 @@ def test_members_are_what_dense_weights_give(
 
     @jax.jit
     def runs() -> Any:
-        kept = es.draw_pairs(search, state, params, N)
-
         def one(i: jax.Array, x: jax.Array) -> jax.Array:
             return wlab.lift(apply)(search.perturb(state, params, i), x)
 
         return (
             jax.vmap(one)(jnp.arange(N), x),
             es.evaluate(search, apply, state, params, N, x),
-            es.evaluate(search, apply, state, params, N, x, chunk=2),
-            es.evaluate(search, apply, state, params, N, x, noise=kept),
+            # Drawn as it is needed, and drawn before: in parts of the population.
+            *(
+                es.evaluate(search, apply, state, params, N, x, chunk=2, noise=noise)
+                for noise in (None, es.draw_pairs(search, state, params, N))
+                if name == "images"
+            ),
         )
 
     for got in runs():

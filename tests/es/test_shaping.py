@@ -64,7 +64,8 @@ def test_a_failed_baseline_says_nothing():
 @pytest.mark.parametrize("shaping", ["normalise", "ranks", "sign", "baseline"])
 @pytest.mark.parametrize("group", [None, 6])
 def test_constant_fitness_says_nothing(shaping: str, group: int | None):
-    assert not np.any(shape_fitness(jnp.full(12, 0.1), shaping, group))
+    shape = jax.jit(lambda fitness: shape_fitness(fitness, shaping, group))
+    assert not np.any(shape(np.full(12, 0.1, np.float32)))
 
 
 def test_all_failed():

@@ -39,7 +39,6 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "experts": {"scan": True, "experts": 3},
     "written out": {"attention_scale": 0.2, "output_scale": 0.5},
-    "experts, written out": {"experts": 3},
 }
 
 

@@ -71,12 +71,10 @@ def relative(got, want):
 
 # What can be sharded in a dense model, and in both kinds of experts.
 CASES = [
-    ({"experts": 0}, {"data": 8}),
     ({"experts": 0}, {"fsdp": 4, "tensor": 2}),
     ({}, {"expert": 4, "tensor": 2}),
     ({}, {"data": 2, "fsdp": 2, "expert": 2}),
     ({"capacity": 1.0}, {"expert": 4, "data": 2}),
-    ({"capacity": 1.0}, {"fsdp": 4, "tensor": 2}),
 ]
 
 

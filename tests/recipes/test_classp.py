@@ -37,10 +37,10 @@ def test_fisher_of_the_baseline():
     x = jax.random.uniform(jax.random.key(1), (6, 64))
     key = jax.random.key(2)
     labels = jax.random.categorical(key, classp._logits(params, x))
-    grads = jax.vmap(jax.grad(classp._loss), (None, 0, 0))(
+    grads = jax.jit(jax.vmap(jax.grad(classp._loss), (None, 0, 0)))(
         params, x[:, None], labels[:, None]
     )
-    got = classp._fisher(params, x, key)
+    got = jax.jit(classp._fisher)(params, x, key)
     for a, g in zip(jax.tree.leaves(got), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, jnp.mean(g**2, 0), rtol=1e-4, atol=1e-9)
 

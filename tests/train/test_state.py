@@ -20,7 +20,7 @@ _STEPS = 12
 
 
 def _model() -> Decoder:
-    return Decoder(tiny(width=32, depth=2, hidden=64, heads=2, head_dim=16))
+    return Decoder(tiny(width=32, depth=1, hidden=64, heads=2, head_dim=16))
 
 
 def _make_params(grid: str | None) -> Any:

@@ -107,7 +107,9 @@ def ask_tell(
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.mean)
         finite = jnp.isfinite(fitness)
-        best = jnp.max(fitness, where=finite, initial=-jnp.inf).astype(jnp.float32)
+        # Of integers too, which have no infinity.
+        known = jnp.where(finite, fitness.astype(jnp.float32), -jnp.inf)
+        best = jnp.max(known, initial=-jnp.inf)
         metrics = {
             "mean_fitness": jnp.mean(fitness, where=finite),
             "best_fitness_in_generation": best,

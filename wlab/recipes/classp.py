@@ -73,11 +73,11 @@ class Config:
 QUICK = Config(
     tasks=2,
     hidden=64,
-    sgd_rates=(0.02, 0.05, 0.2),
+    sgd_rates=(0.02, 0.2),
     rates=(0.1, 0.2),
-    ewc_rates=(0.2, 0.5),
+    ewc_rates=(0.2,),
     strengths=(10.0, 30.0),
-    seeds=3,
+    seeds=2,
 )
 
 _PLAIN, _EWC = "SGD", "EWC"

@@ -67,7 +67,7 @@ class Config:
     shift_steps: int = 200
 
 
-QUICK = Config(rates=(0.05, 0.1), seeds=2, depth=6, width=64, batch=512)
+QUICK = Config(rates=(0.1,), seeds=2, depth=4, width=48, batch=512)
 
 _FULL, _UNIFORM, _SHIFT = "Muon", "Drop-Muon uniform", "Drop-Muon epoch shift"
 _ARMS: dict[str, optim.Sampling] = {

@@ -60,7 +60,7 @@ class Config:
     grid: str = "fp8_e4m3"
 
 
-QUICK = Config(rates=(0.1, 0.01), time=30.0, seeds=2)
+QUICK = Config(rates=(0.1, 0.02), time=20.0, seeds=2)
 
 # (rounding, injection); None for the full-precision weights beside the quantised ones.
 _ARMS: dict[str, tuple[str, str | None]] = {

@@ -59,9 +59,9 @@ class Config:
 
 QUICK = Config(
     curvatures=(float("inf"), 1.0),
-    hidden=64,
+    hidden=48,
     epochs=2,
-    images=1000,
+    images=800,
     rates=(0.1,),
     seeds=2,
 )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QUICK", "Config", "run"]
 
-QUICK = dataclasses.replace(BRIEF, only=("WaRA r=4", "r=3", "shared"))
+QUICK = dataclasses.replace(BRIEF, only=("WaRA r=4", "r=3"))
 
 
 def _core(key: jax.Array, n: int) -> jax.Array:

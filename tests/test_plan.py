@@ -16,7 +16,8 @@ from wlab.models.decoder import tiny
 
 
 def _small(**overrides: Any) -> Any:
-    return tiny(width=32, depth=2, hidden=64, heads=4, head_dim=16, **overrides)
+    sizes = {"width": 32, "depth": 2, "hidden": 64, "heads": 4, "head_dim": 16}
+    return tiny(**sizes | overrides)
 
 
 MESH = {"fsdp": 4, "tensor": 2}
@@ -49,7 +50,7 @@ def test_eco_holds_less_than_adamw():
 
 def test_a_search_tells_fitness_or_adds_gradients():
     told, added = (
-        plan.plan(_small(scan=True), name, "cpu:8", length=16, population=32)
+        plan.plan(_small(depth=1), name, "cpu:8", length=16, population=32)
         for name in ("eggroll", "eggroll-sum")
     )
     assert told.batch == 32 and told.mesh == {"population": 8}

@@ -3,6 +3,7 @@
 """Linear algebra on sharded leaves: equal to the unsharded result, and so typed."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +71,16 @@ def definite(*shape: int) -> jax.Array:
     return jnp.asarray(x @ np.swapaxes(x, -1, -2) + 0.1 * np.eye(shape[-2], dtype="f4"))
 
 
+def inputs(stacked: bool) -> tuple[jax.Array, jax.Array]:
+    stack = (8,) if stacked else ()
+    return rectangular(*stack, 16, 8), definite(*stack, 8, 8)
+
+
+@functools.cache
+def on_one_device(stacked: bool) -> dict[str, Any]:
+    return jax.device_get(jax.jit(all_functions)(*inputs(stacked)))
+
+
 def same_sharding(x: jax.Array, y: jax.Array) -> bool:
     return jax.typeof(x).sharding == jax.typeof(y).sharding
 
@@ -79,11 +90,9 @@ def test_sharded_equals_unsharded(
     mesh: jax.sharding.Mesh, spec: jax.P, how: str
 ) -> None:
     compiled = how == "jit"
-    shape = (8, 16, 8) if len(spec) == 3 else (16, 8)
-    square = (8, 8, 8) if len(spec) == 3 else (8, 8)
-    x, spd = rectangular(*shape), definite(*square)
+    x, spd = inputs(len(spec) == 3)
     fn = jax.jit(all_functions) if compiled else all_functions
-    expected = jax.jit(all_functions)(x, spd)
+    expected = on_one_device(len(spec) == 3)
     sharding = jax.NamedSharding(mesh, spec)
     sharded = jax.device_put(x, sharding)
     sharded_spd = jax.device_put(spd, sharding)
@@ -92,9 +101,7 @@ def test_sharded_equals_unsharded(
     with jax.set_mesh(mesh) if compiled else contextlib.nullcontext():
         actual = fn(sharded, sharded_spd)
 
-    chex.assert_trees_all_close(
-        jax.device_get(actual), jax.device_get(expected), rtol=1e-5, atol=1e-5
-    )
+    chex.assert_trees_all_close(jax.device_get(actual), expected, rtol=1e-5, atol=1e-5)
     for name in ("sort rows", "sort columns", "orthogonalize"):
         assert same_sharding(actual[name], sharded), name
     for y in (actual["cholesky"], actual["sqrtm_psd"], actual["eigh"].v):

@@ -22,9 +22,7 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "scan"), [("drop_muon", True), ("lisa", True), ("lisa", False)]
-)
+@pytest.mark.parametrize(("name", "scan"), [("drop_muon", True), ("lisa", False)])
 def test_the_numbers_are_those_of_whole_gradients(name, scan):
     """And one compilation serves all choices of layers."""
     sizes = {"width": 16, "depth": 3, "hidden": 24, "heads": 2, "head_dim": 8}

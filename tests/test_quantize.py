@@ -18,6 +18,7 @@ import pytest
 import wlab
 from wlab import _safetensors, cli
 from wlab import quantize as module
+from wlab.core import sharding
 from wlab.models import from_hf, to_hf
 
 LLAMA = pathlib.Path(__file__).parent / "golden" / "hf-models" / "llama"
@@ -100,6 +101,13 @@ def _is_what_was_made(whole: Any):
     model, again = from_hf(out, scan=True)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     tokens = np.arange(24).reshape(2, 12)
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    _, there = from_hf(out, scan=True, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, there, again)
+    assert jax.tree.map(lambda x: x.sharding, there) == sharding.shardings(again, mesh)
+    kernel = there["blocks"]["mlp"]["up"]["kernel"]
+    codes = max(jax.tree.leaves(kernel), key=lambda x: x.nbytes)
+    assert codes.addressable_shards[0].data.size < codes.size
     read = jax.jit(wlab.lift(model.apply))
     got, want = (read({"params": p}, tokens) for p in (again, params))
     np.testing.assert_array_equal(got, want)
@@ -211,6 +219,27 @@ def test_methods_that_change_more_than_kernels(
     want = np.asarray(jax.jit(lambda p: apply(before, p))(whole))
     assert np.std(got - want) / np.std(want) < 0.02
     assert run(bytes_model, tmp_path / "x", *options[:-1], "awq", "--symmetric") == 2
+
+
+def test_a_text_is_read_by_the_checkpoints_tokenizer(tmp_path: pathlib.Path):
+    made = pytest.importorskip("tokenizers")
+    words = {f"w{i}": i for i in range(64)}
+    tokenizer = made.Tokenizer(made.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = made.pre_tokenizers.Whitespace()
+    folder = changed(LLAMA, tmp_path / "model")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = np.random.default_rng(2).integers(0, 64, 400)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in ids))
+    np.save(tmp_path / "ids.npy", ids)
+    reports = []
+    for name in ("text.txt", "ids.npy"):
+        out, file = tmp_path / name[:3], str(tmp_path / name)
+        method = ["--method", "rtn", "--no-progress", "--calibration", file]
+        assert run(folder, out, *OPTIONS, *method) == 0
+        assert (out / "tokenizer.json").exists()
+        reports.append(json.loads((out / "report.json").read_text()))
+    for key in ("before", "after", "sequences"):
+        assert reports[0][key] == reports[1][key], key
 
 
 def by_hand(folder: pathlib.Path) -> pathlib.Path:

@@ -38,6 +38,7 @@ from wlab.core import (
 )
 from wlab.models import (
     _hf,
+    _hf_config,
     _hf_gptq,
     decoder_groups,
     decoder_importance,
@@ -240,7 +241,7 @@ def quantize(
             f"{partial} is of a run that was stopped: go on with it (resume), or "
             "delete it"
         )
-    raw = _hf._json(source / _hf._CONFIG)
+    raw = _hf_config.read_json(source / _hf_config.CONFIG)
     if _hf_gptq.read_config(raw, source) is not None:
         raise ValueError(f"{source} is quantised already: give the model of floats")
     decoder, params = whole = from_hf(source, scan=True)
@@ -294,7 +295,7 @@ def quantize(
         raise
     held_bits = run.finish(source)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    kernels = {p: x for p, x in leaves_with_paths(params) if _hf._in_blocks(p)}
+    kernels = {p: x for p, x in leaves_with_paths(params) if _hf.in_blocks(p)}
     report = Quantization(
         model=str(source),
         out=str(folder),
@@ -347,7 +348,7 @@ class _Run:
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
             return
-        state = _hf._json(self.folder / _STATE)
+        state = _hf_config.read_json(self.folder / _STATE)
         for key, value in self.identity.items():
             if state["run"].get(key) != value:
                 raise ValueError(
@@ -368,17 +369,17 @@ class _Run:
             "seconds": self.spent + time.perf_counter() - start,
         }
         with replacing(self.folder / _STATE) as path:
-            path.write_text(_hf._dump(state), encoding="utf-8")
+            path.write_text(_hf_config.dump(state), encoding="utf-8")
 
     def add(self, i: int, layer: Any, errors: list[LayerError], start: float) -> None:
         """Writes a block."""
         tensors: dict[str, np.ndarray] = {}
         for path, leaf in leaves_with_paths({f"blocks_{i}": layer}):
-            name = _hf._tensor_name(path)
-            if not _hf._in_blocks(path):
-                tensors[name] = _hf._theirs(np.asarray(leaf), path)
+            name = _hf.tensor_name(path)
+            if not _hf.in_blocks(path):
+                tensors[name] = _hf.theirs(np.asarray(leaf), path)
                 continue
-            sides = _hf._sides(path, tuple(leaf.shape))
+            sides = _hf.sides(path, tuple(leaf.shape))
             arrays = _hf_gptq.store(leaf, sides, self.stored.form)
             module = name.removesuffix("weight")
             tensors |= {module + suffix: x for suffix, x in arrays.items()}
@@ -390,7 +391,7 @@ class _Run:
     def finish(self, source: pathlib.Path) -> dict[str, int]:
         """Writes all else; returns the bits of the whole and of the kernels."""
         ends = {
-            _hf._tensor_name(path): _hf._theirs(np.asarray(leaf), path)
+            _hf.tensor_name(path): _hf.theirs(np.asarray(leaf), path)
             for path, leaf in leaves_with_paths(self.params)
             if not path.startswith("blocks")
         }
@@ -401,8 +402,8 @@ class _Run:
             for name, x in _safetensors.read(file).items():
                 places[name], sizes[name] = file.name, x.nbytes
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (self.folder / _hf._INDEX).write_text(_hf._dump(index), encoding="utf-8")
-        text = _hf.config_text(
+        (self.folder / _hf.INDEX).write_text(_hf_config.dump(index), encoding="utf-8")
+        text = _hf_config.config_text(
             self.model.config,
             np.dtype(self.params["embed"]["embedding"].dtype),
             source,
@@ -427,10 +428,10 @@ class _Run:
         tensors = _safetensors.read(file)
 
         def load(path: str, leaf: Any) -> Any:
-            name, shape = _hf._tensor_name(path), tuple(leaf.shape[1:])
+            name, shape = _hf.tensor_name(path), tuple(leaf.shape[1:])
             module = name.removesuffix("weight")
-            if not _hf._in_blocks(path):
-                return jnp.asarray(_hf._ours(tensors[name], path, shape))
+            if not _hf.in_blocks(path):
+                return jnp.asarray(_hf.ours(tensors[name], path, shape))
             arrays = {suffix: tensors[module + suffix] for suffix in _hf_gptq.SUFFIXES}
             return _hf.kernel_of_codes(
                 [arrays],
@@ -627,9 +628,9 @@ def _check_options(
 def _check_kernels(params: Any, stored: Stored) -> None:
     """Every kernel can be stored, before the work and not after it."""
     for path, leaf in leaves_with_paths(params):
-        if not _hf._in_blocks(path):
+        if not _hf.in_blocks(path):
             continue
-        n, m = _hf._sides(path, tuple(leaf.shape[1:]))
+        n, m = _hf.sides(path, tuple(leaf.shape[1:]))
         if stored.group is not None and n % stored.group:
             raise ValueError(
                 f"group={stored.group} does not divide the {n} inputs of {path}: take "

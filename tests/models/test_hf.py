@@ -22,6 +22,7 @@ import pytest
 
 import wlab
 from wlab import _safetensors, models, peft
+from wlab.core import sharding
 from wlab.models import from_hf, hf_names, to_hf
 from wlab.models.decoder import Decoder, RopeScaling, tiny
 
@@ -76,6 +77,25 @@ def test_logits_are_those_of_transformers(name: str):
         got = logits(model, params, want["tokens"])
         np.testing.assert_allclose(got, want["logits"], atol=1e-4)
         assert want["logits"].std() > 0.3  # logits of about nothing would agree too
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma"])
+def test_over_a_mesh(name: str):
+    """Each device holds its part of what one device would hold."""
+    mesh = sharding.make_mesh(fsdp=4, tensor=2, explicit=name == "gemma")
+    rules = [("*mlp/up/kernel", jax.P("fsdp", None))]
+    scan = name == "gemma"
+    _, whole = read(name, scan=scan)
+    _, params = from_hf(HERE / name, scan=scan, mesh=mesh, rules=rules)
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    where = sharding.shardings(whole, mesh, rules)
+    assert jax.tree.map(lambda x: x.sharding, params) == where
+    block = params["blocks"] if scan else params["blocks_1"]
+    for name, parts in (("up", 4), ("down", 8)):
+        kernel = block["mlp"][name]["kernel"]
+        assert kernel.addressable_shards[0].data.size * parts == kernel.size
+    with pytest.raises(ValueError, match="matches no leaf"):
+        from_hf(LLAMA, mesh=mesh, rules=[("*mlp/upp*", jax.P())])
 
 
 def test_the_options_are_read():

@@ -140,14 +140,18 @@ def specs(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> Any:
             spec = _given(known, *ruled[path], sizes)
         else:
             spec = _by_view(known, layers[path], sizes)
-        if not is_weight(leaf):
-            return spec
-        # A part may be smaller than the weight, as scales are.
-        return jax.tree.map(
-            lambda x, s: _where_it_divides(x.shape, s, sizes), leaf, leaf.specs(spec)
-        )
+        return of_parts(leaf, spec, mesh) if is_weight(leaf) else spec
 
     return map_with_path(one, params)
+
+
+def of_parts(weight: Any, spec: jax.P, mesh: Mesh | AbstractMesh) -> Any:
+    """The spec of each array of a structured weight, whose own is `spec`."""
+    sizes = dict(mesh.shape)
+    # A part may be smaller than the weight, as scales are.
+    return jax.tree.map(
+        lambda x, s: _where_it_divides(x.shape, s, sizes), weight, weight.specs(spec)
+    )
 
 
 def shardings(params: Any, mesh: Mesh, rules: Rules = ()) -> Any:

@@ -10,7 +10,6 @@ joined, or as codes in GPTQ's layout; the pairs that rotary positions turn are t
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -22,26 +21,25 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from wlab import _safetensors
-from wlab.core import MatrixView, leaves_with_paths, map_with_path, materialise
+from wlab.core import (
+    MatrixView,
+    leaves_with_paths,
+    map_with_path,
+    materialise,
+    sharding,
+)
 from wlab.core._lift import cut
-from wlab.models import _hf_gptq
-from wlab.models.decoder import Decoder, DecoderConfig, RopeScaling
+from wlab.models import _hf_config, _hf_gptq
+from wlab.models._hf_config import CONFIG
+from wlab.models.decoder import Decoder, DecoderConfig
 
 __all__ = ["from_hf", "hf_names", "to_hf"]
 
-_CONFIG, _TENSORS = "config.json", "model.safetensors"
-_INDEX = _TENSORS + ".index.json"
-# By the name of the type, in the order in which `to_hf` tries them.
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-}
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_TENSORS = "model.safetensors"
+INDEX = _TENSORS + ".index.json"
 _MODULES = {
     "embed": "model.embed_tokens",
     "attention_norm": "input_layernorm",
@@ -67,7 +65,13 @@ _BESIDE = re.compile(
 )
 
 
-def from_hf(path: str | os.PathLike[str], **overrides: Any) -> tuple[Decoder, Any]:
+def from_hf(
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = (),
+    **overrides: Any,
+) -> tuple[Decoder, Any]:
     """Reads a checkpoint of a Llama, Mistral, Qwen2, Qwen3 or the first Gemma.
 
     Kernels that are stored by GPTQ stay codes: they are `wlab.Quantized` weights, in
@@ -75,6 +79,10 @@ def from_hf(path: str | os.PathLike[str], **overrides: Any) -> tuple[Decoder, An
 
     Args:
         path: the folder. Nothing is downloaded.
+        mesh: where the parameters shall live, as `wlab.core.sharding.specs` says: each
+            device is given its part, leaf by leaf, and none ever holds all of them.
+            None: on the default device.
+        rules: of `specs`, for leaves that shall live elsewhere.
         **overrides: fields of `DecoderConfig` to set otherwise: ``scan=True`` stacks
             the blocks. ``param_dtype`` is by default that of the files, and ``dtype``,
             of the activations, too.
@@ -85,12 +93,12 @@ def from_hf(path: str | os.PathLike[str], **overrides: Any) -> tuple[Decoder, An
     Raises:
         FileNotFoundError: if there is no config, no tensors or not all shards.
         ValueError: for another architecture, an option of it that the decoder does not
-            have, a file that is cut off, and tensors that are missing, that are too
-            many or whose shape is not that of the config.
+            have, a file that is cut off, tensors that are missing, that are too many or
+            whose shape is not that of the config, and rules that `specs` refuses.
     """
     folder = pathlib.Path(path)
-    raw = _json(folder / _CONFIG)
-    config = _config(raw, folder)
+    raw = _hf_config.read_json(folder / CONFIG)
+    config = _hf_config.read_config(raw, folder)
     stored_as = _hf_gptq.read_config(raw, folder)
     tensors = _tensors(folder)
     codes = {} if stored_as is None else _take_codes(tensors, config)
@@ -107,9 +115,12 @@ def from_hf(path: str | os.PathLike[str], **overrides: Any) -> tuple[Decoder, An
     given = config.param_dtype if "param_dtype" in overrides else None
     abstract = _abstract(config)
     _check(abstract, tensors, set(codes), folder, given)
+    specs: dict[str, Any] = {}
+    if mesh is not None:
+        specs = dict(leaves_with_paths(sharding.specs(abstract, mesh, rules)))
 
     def load(path: str, leaf: Any) -> Any:
-        name, layers = _tensor_name(path), _layers(path, leaf)
+        name, layers = tensor_name(path), _layers(path, leaf)
         shape = leaf.shape[1:] if layers else leaf.shape
         names = [name.format(i) for i in range(layers or 1)]
         if found := [codes[name] for name in names if name in codes]:
@@ -120,14 +131,25 @@ def from_hf(path: str | os.PathLike[str], **overrides: Any) -> tuple[Decoder, An
                 )
             assert stored_as is not None
             try:
-                return load_kernel(found, stored_as, path, shape, bool(layers))
+                kernel = load_kernel(found, stored_as, path, shape, bool(layers))
+                return place(kernel, path)
             except ValueError as error:
                 raise ValueError(f"{folder}: {name}: {error}") from error
         dtype = given or tensors[names[0]].dtype
         out = np.empty((len(names), *shape), dtype)
         for i, name in enumerate(names):
-            out[i] = _ours(tensors[name], path, shape)
-        return jnp.asarray(out if layers else out[0])
+            out[i] = ours(tensors[name], path, shape)
+        return place(out if layers else out[0], path)
+
+    def place(leaf: Any, path: str) -> Any:
+        if mesh is None:
+            return jax.tree.map(jnp.asarray, leaf)
+        if isinstance(leaf, np.ndarray):
+            where = NamedSharding(mesh, specs[path])
+            return jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__)
+        parts = sharding.of_parts(leaf, specs[path], mesh)
+        where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), parts)
+        return jax.device_put(leaf, where)
 
     def load_kernel(found: Any, how: Any, path: str, shape: Any, stack: bool) -> Any:
         dtype = config.param_dtype
@@ -195,7 +217,7 @@ def to_hf(
     leaves = _leaves(config, params)
     dtype = np.dtype(leaves["embed/embedding"].dtype)
     stored_as = None if layout == "dense" else _stored_as(leaves, layout)
-    text = config_text(config, dtype, template, stored_as)
+    text = _hf_config.config_text(config, dtype, template, stored_as)
 
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
     values: dict[str, Callable[[], np.ndarray]] = {}
@@ -203,13 +225,13 @@ def to_hf(
         layers = _layers(path_, leaf)
         shape = leaf.shape[1:] if layers else leaf.shape
         for i in range(layers or 1):
-            name = _tensor_name(path_).format(i)
+            name = tensor_name(path_).format(i)
             layer = i if layers else None
-            if stored_as is not None and _in_blocks(path_):
-                sides = _sides(path_, shape)
+            if stored_as is not None and in_blocks(path_):
+                both = sides(path_, shape)
                 module = name.removesuffix("weight")
-                made = _codes(path_, leaf, layer, sides, stored_as.form)
-                for suffix, x in _hf_gptq.shapes(sides, stored_as).items():
+                made = _codes(path_, leaf, layer, both, stored_as.form)
+                for suffix, x in _hf_gptq.shapes(both, stored_as).items():
                     shapes[module + suffix] = x
                     values[module + suffix] = functools.partial(made, suffix)
                 continue
@@ -249,7 +271,7 @@ def hf_names(model: Decoder | DecoderConfig) -> dict[str, str]:
     """
     config = model.config if isinstance(model, Decoder) else model
     return {
-        path: _tensor_name(path).removesuffix(".weight")
+        path: tensor_name(path).removesuffix(".weight")
         for path, _ in leaves_with_paths(_abstract(config))
         if path.endswith("/kernel")
     }
@@ -262,9 +284,9 @@ def write_beside(
     stored_as: _hf_gptq.Stored | None,
 ) -> None:
     """Writes all that is no tensor: configs, and what the template has beside them."""
-    (folder / _CONFIG).write_text(text, encoding="utf-8")
+    (folder / CONFIG).write_text(text, encoding="utf-8")
     if stored_as is not None:
-        text = _dump(_hf_gptq.write_config(stored_as))
+        text = _hf_config.dump(_hf_gptq.write_config(stored_as))
         (folder / _hf_gptq.CONFIG).write_text(text, encoding="utf-8")
     if template is not None:
         for file in sorted(pathlib.Path(template).iterdir()):
@@ -306,7 +328,7 @@ def _split(path: str) -> tuple[str | None, str, str]:
     return None, module, name
 
 
-def _tensor_name(path: str) -> str:
+def tensor_name(path: str) -> str:
     layer, module, name = _split(path)
     kind = "bias" if name == "bias" else "weight"
     where = "" if layer is None else f"model.layers.{layer}."
@@ -318,7 +340,7 @@ def _layers(path: str, leaf: Any) -> int:
     return leaf.shape[0] if path.startswith("blocks/") else 0
 
 
-def _sides(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+def sides(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Inputs and outputs of a kernel of one layer."""
     _, module, _ = _split(path)
     n = 2 if module == "attention/out" else 1
@@ -327,17 +349,17 @@ def _sides(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if path.endswith("/kernel"):
-        return _sides(path, shape)[::-1]
+        return sides(path, shape)[::-1]
     return (math.prod(shape),) if path.endswith("/bias") else shape
 
 
-def _ours(x: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+def ours(x: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
     return (x.T if path.endswith("/kernel") else x).reshape(shape)
 
 
-def _theirs(x: np.ndarray, path: str) -> np.ndarray:
+def theirs(x: np.ndarray, path: str) -> np.ndarray:
     if path.endswith("/kernel"):
-        return x.reshape(_sides(path, x.shape)).T
+        return x.reshape(sides(path, x.shape)).T
     return x.reshape(_their_shape(path, x.shape))
 
 
@@ -351,12 +373,12 @@ def _value(path: str, leaf: Any, layer: int | None) -> Callable[[], np.ndarray]:
             starts = [layer, *[0] * (len(leaf.shape) - 1)]
             part = cut(leaf, starts, [1, *leaf.shape[1:]])
             x = np.asarray(materialise(part))[0]
-        return _theirs(x, path)
+        return theirs(x, path)
 
     return value
 
 
-def _in_blocks(path: str) -> bool:
+def in_blocks(path: str) -> bool:
     """Whether a leaf is a kernel of a block, which is what GPTQ stores as codes."""
     return path.endswith("/kernel") and path.startswith("blocks")
 
@@ -382,14 +404,14 @@ def _stored_as(leaves: Mapping[str, Any], form: Any) -> _hf_gptq.Stored:
     """What the config is to say of the kernels, which must all be codes."""
     first = {}
     for path, leaf in leaves.items():
-        if not _in_blocks(path):
+        if not in_blocks(path):
             continue
         layers = _layers(path, leaf)
         shape = tuple(leaf.shape[1:] if layers else leaf.shape)
         try:
             w = _hf_gptq.layer_of(leaf, 0) if layers else leaf
-            first[path] = _hf_gptq.matrix_of(w, _sides(path, shape))
-            _hf_gptq.check_sizes(*_sides(path, shape), _hf_gptq.bits_of(first[path]))
+            first[path] = _hf_gptq.matrix_of(w, sides(path, shape))
+            _hf_gptq.check_sizes(*sides(path, shape), _hf_gptq.bits_of(first[path]))
         except (TypeError, ValueError) as error:
             raise type(error)(f"parameter {path!r}: {error}") from error
     return _hf_gptq.settings(first, form)
@@ -410,7 +432,7 @@ def kernel_of_codes(
     return _hf_gptq.load(
         layers,
         stored_as,
-        _sides(path, shape),
+        sides(path, shape),
         MatrixView.of(n, len(shape) - n),
         shape,
         dtype=dtype,
@@ -451,14 +473,14 @@ def _check(
     for path, leaf in leaves_with_paths(abstract):
         layers = _layers(path, leaf)
         shape = _their_shape(path, leaf.shape[1:] if layers else leaf.shape)
-        names = [_tensor_name(path).format(i) for i in range(layers or 1)]
-        if _in_blocks(path):
+        names = [tensor_name(path).format(i) for i in range(layers or 1)]
+        if in_blocks(path):
             names = [name for name in names if name not in codes]
         wanted |= dict.fromkeys(names, shape)
         dtypes = {str(tensors[n].dtype) for n in names if n in tensors}
         if len(dtypes) > 1 and given is None:
             raise ValueError(
-                f"{folder}: the layers of {_tensor_name(path)} are {sorted(dtypes)}; "
+                f"{folder}: the layers of {tensor_name(path)} are {sorted(dtypes)}; "
                 "pass param_dtype to have them in one"
             )
     if missing := [name for name in wanted if name not in tensors]:
@@ -466,7 +488,7 @@ def _check(
             f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first "
             f"{missing[0]} of shape {wanted[missing[0]]}"
         )
-    if odd := codes - {_tensor_name(p).format(i) for p, i in _kernels(abstract)}:
+    if odd := codes - {tensor_name(p).format(i) for p, i in _kernels(abstract)}:
         raise ValueError(
             f"{folder}: {min(odd)} is quantised, which kernels of blocks alone can be"
         )
@@ -500,7 +522,7 @@ def _kernels(abstract: Any) -> list[tuple[str, int]]:
     return [
         (path, i)
         for path, leaf in leaves_with_paths(abstract)
-        if _in_blocks(path)
+        if in_blocks(path)
         for i in range(_layers(path, leaf) or 1)
     ]
 
@@ -529,25 +551,25 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """All tensors of a folder but the angles of positions, which old ones store."""
     if (folder / _TENSORS).exists():
         tensors = _safetensors.read(folder / _TENSORS)
-    elif (folder / _INDEX).exists():
-        places = _json(folder / _INDEX)["weight_map"]
+    elif (folder / INDEX).exists():
+        places = _hf_config.read_json(folder / INDEX)["weight_map"]
         files = sorted(set(places.values()))
         if lacking := [file for file in files if not (folder / file).exists()]:
             raise FileNotFoundError(
                 f"{folder} lacks {len(lacking)} of the {len(files)} shards that "
-                f"{_INDEX} lists, first {lacking[0]}"
+                f"{INDEX} lists, first {lacking[0]}"
             )
         shards = {file: _safetensors.read(folder / file) for file in files}
         for name, file in places.items():
             if name not in shards[file]:
                 raise ValueError(
-                    f"{folder / file} lacks tensor {name}, which {_INDEX} says it has"
+                    f"{folder / file} lacks tensor {name}, which {INDEX} says it has"
                 )
         tensors = {name: shards[file][name] for name, file in places.items()}
     else:
         old = sorted(file.name for file in folder.glob("*.bin"))
         hint = f"; save {old[0]} anew with transformers" if old else ""
-        raise FileNotFoundError(f"{folder} holds no {_TENSORS} and no {_INDEX}{hint}")
+        raise FileNotFoundError(f"{folder} holds no {_TENSORS} and no {INDEX}{hint}")
     return {k: x for k, x in tensors.items() if not k.endswith(".rotary_emb.inv_freq")}
 
 
@@ -575,215 +597,4 @@ def _write_tensors(
         _safetensors.write(folder / file, shard, value)
         places |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / _INDEX).write_text(_dump(index), encoding="utf-8")
-
-
-# --- Configs ---------------------------------------------------------------------
-
-
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    if not file.exists():
-        raise FileNotFoundError(f"{file.parent} holds no {file.name}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-
-
-def _dump(tree: Mapping[str, Any]) -> str:
-    return json.dumps(tree, indent=2, sort_keys=True) + "\n"
-
-
-def _config(raw: Mapping[str, Any], folder: pathlib.Path) -> DecoderConfig:
-    """The decoder that a config of transformers describes."""
-    kind = raw.get("model_type")
-    names = raw.get("architectures") or [_ARCHITECTURES.get(str(kind))]
-    if kind not in _ARCHITECTURES or names != [_ARCHITECTURES[kind]]:
-        raise ValueError(
-            f"{folder}: architecture {names} of type {kind!r} is not read; "
-            f"{', '.join(_ARCHITECTURES.values())} are"
-        )
-    for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise ValueError(
-                f"{folder}: {key}={raw[key]} is not read: biases are those of qwen2"
-            )
-
-    def need(key: str) -> Any:
-        if raw.get(key) is None:
-            raise ValueError(f"{folder}: its {_CONFIG} has no {key}")
-        return raw[key]
-
-    width, heads = need("hidden_size"), need("num_attention_heads")
-    head_dim = raw.get("head_dim") or {"qwen3": 128, "gemma": 256}.get(kind)
-    activation = raw.get("hidden_activation") or raw.get("hidden_act")
-    if kind == "gemma" and activation in ("gelu", None):
-        activation = "gelu_pytorch_tanh"  # which is what its first configs mean
-    activation = activation or "silu"
-    if activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"{folder}: activation {activation!r} is not read; "
-            f"{', '.join(_ACTIVATIONS)} are"
-        )
-    base, scaling = _rope(raw, folder)
-    return DecoderConfig(
-        vocab=need("vocab_size"),
-        width=width,
-        depth=need("num_hidden_layers"),
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=head_dim or width // heads,
-        hidden=need("intermediate_size"),
-        rope_base=base,
-        rope_scaling=scaling,
-        window=_window(raw, folder),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        activation=_ACTIVATIONS[activation],  # pyrefly: ignore
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        norm_offset=kind == "gemma",
-        embedding_scale=math.sqrt(width) if kind == "gemma" else 1.0,
-        tied=raw.get("tie_word_embeddings", kind == "gemma"),
-    )
-
-
-def _rope(
-    raw: Mapping[str, Any], folder: pathlib.Path
-) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of rotary positions, by the keys of new and old versions."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    base = float(given.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    kind = given.get("rope_type") or given.get("type") or "default"
-    part = given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-    if part != 1 or any(isinstance(value, dict) for value in given.values()):
-        raise ValueError(
-            f"{folder}: rotary positions of a part of the channels, or that differ "
-            f"from layer to layer, are not read: {dict(given) or part}"
-        )
-    keys = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": (
-            *("factor", "original_max_position_embeddings"),
-            *("low_freq_factor", "high_freq_factor"),
-        ),
-    }
-    if kind not in keys:
-        raise ValueError(
-            f"{folder}: rope scaling {kind!r} is not read; {', '.join(keys)} are"
-        )
-    if lacking := [key for key in keys[kind] if given.get(key) is None]:
-        raise ValueError(f"{folder}: its rope scaling {kind!r} has no {lacking[0]}")
-    values = [given[key] for key in keys[kind]]
-    return base, RopeScaling(*values) if values else None
-
-
-def _window(raw: Mapping[str, Any], folder: pathlib.Path) -> int | None:
-    """The window of attention, which must be that of all layers."""
-    kind, depth = raw["model_type"], raw["num_hidden_layers"]
-    if kind == "mistral":
-        return raw.get("sliding_window", 4096)
-    if kind not in ("qwen2", "qwen3") or not raw.get("use_sliding_window"):
-        return None
-    first = raw.get("max_window_layers", 28)
-    kinds = raw.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(depth)
-    ]
-    if len(set(kinds)) > 1:
-        raise ValueError(
-            f"{folder}: a window of attention in some layers alone (max_window_layers="
-            f"{first}, layer_types) is not read"
-        )
-    sliding = kinds[0] == "sliding_attention"
-    return raw.get("sliding_window", 4096) if sliding else None
-
-
-def config_text(
-    config: DecoderConfig,
-    dtype: np.dtype,
-    template: str | os.PathLike[str] | None,
-    stored_as: _hf_gptq.Stored | None,
-) -> str:
-    """The text of the config, the template's or one that says what `config` does."""
-    raw = _written(config, dtype, None if template is None else pathlib.Path(template))
-    raw.pop(_hf_gptq.KEY, None)
-    if stored_as is not None:
-        raw[_hf_gptq.KEY] = _hf_gptq.write_config(stored_as)
-    return _dump(raw)
-
-
-def _written(
-    config: DecoderConfig, dtype: np.dtype, folder: pathlib.Path | None
-) -> dict[str, Any]:
-    """The config of floats, the template's or one that says what `config` does."""
-    shape = _shape(config)
-    if folder is not None:
-        raw = _json(folder / _CONFIG)
-        # A head may have become its own.
-        raw |= {"tie_word_embeddings": config.tied}
-        theirs = _shape(_config(raw, folder))
-        if theirs != shape:
-            differ = [
-                f"{f.name}={getattr(config, f.name)} (there {getattr(theirs, f.name)})"
-                for f in dataclasses.fields(config)
-                if getattr(shape, f.name) != getattr(theirs, f.name)
-            ]
-            raise ValueError(f"{folder} is of another model: {', '.join(differ)}")
-        key = "dtype" if "dtype" in raw else "torch_dtype"
-        return raw | {key: dtype.name}
-    for kind in _ARCHITECTURES:
-        raw = _raw(config, kind)
-        if _shape(_config(raw, pathlib.Path(_CONFIG))) == shape:
-            return raw | {"torch_dtype": dtype.name}
-    raise ValueError(
-        f"no architecture of {', '.join(_ARCHITECTURES.values())} has the options of "
-        f"{config}; attention_scale, output_scale and experts are none of theirs"
-    )
-
-
-def _shape(config: DecoderConfig) -> DecoderConfig:
-    """The config without what says how it is computed, or made anew."""
-    wide = jnp.float32
-    return dataclasses.replace(
-        config, scan=False, remat=False, dtype=wide, param_dtype=wide, init_width=None
-    )
-
-
-def _raw(config: DecoderConfig, kind: str) -> dict[str, Any]:
-    """What transformers calls the options of a decoder."""
-    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-    raw: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[kind]],
-        "model_type": kind,
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.hidden,
-        "hidden_act": names[config.activation],
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "rope_theta": config.rope_base,
-    }
-    if scaling := config.rope_scaling:
-        raw["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
-        if scaling.length is not None:
-            raw["rope_scaling"] |= {
-                "rope_type": "llama3",
-                "original_max_position_embeddings": scaling.length,
-                "low_freq_factor": scaling.low,
-                "high_freq_factor": scaling.high,
-            }
-    if kind == "gemma":
-        raw["hidden_activation"] = raw["hidden_act"]
-    if kind == "mistral":
-        raw["sliding_window"] = config.window
-    if kind in ("qwen2", "qwen3") and config.window is not None:
-        raw |= {
-            "use_sliding_window": True,
-            "sliding_window": config.window,
-            "max_window_layers": 0,
-        }
-    return raw
+    (folder / INDEX).write_text(_hf_config.dump(index), encoding="utf-8")

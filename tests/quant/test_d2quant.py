@@ -108,6 +108,31 @@ def test_compensation_lowers_the_error_of_outputs():
     assert off(d2quant(W, H, d), own) < off(plain, own)
 
 
+def test_row_scales_of_half_the_bits():
+    """They are rounded before the codes are chosen, which are of the levels kept."""
+
+    @jax.jit
+    def made(w: jax.Array, h: jax.Array) -> Any:
+        half = {"bits": 2, "group": G, "scale_dtype": jnp.float16}
+        return quant.dsq(w, **half), quant.d2quant(w, h, **half)
+
+    plain = dsq(W), d2quant(W, H)
+    for half, whole in zip(made(W, H), plain, strict=True):
+        assert half.r.dtype == jnp.float16 and half.c.dtype == jnp.float32
+        scales = half.r.size * 16
+        assert half.size_in_bits == whole.size_in_bits - scales
+        assert dense(half).dtype == jnp.float32
+        assert off(half, X) < 1.02 * off(whole, X)
+    half, _ = made(W, H)
+    r = np.repeat(np.asarray(half.r, np.float32), G, 1)[:, :N]
+    signs_of_all = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]])
+    levels = np.asarray(half.c)[:, None] * np.einsum("lk,kio->lio", signs_of_all, r)
+    near = np.take_along_axis(levels, np.abs(levels - W).argmin(0)[None], 0)[0]
+    np.testing.assert_allclose(dense(half), near, rtol=1e-6)
+    with pytest.raises(TypeError, match="scales are floats"):
+        quant.dsq(W, scale_dtype=jnp.int8)
+
+
 def test_the_order_of_groups():
     diagonal = np.array([1.0, 5.0, 2.0, 2.0, 3.0, 9.0, 0.5])
     gar_order = jax.jit(_gptq.gar_order, static_argnums=1)

@@ -24,7 +24,7 @@ class BinaryCoded(Weight):
     """
 
     codes: jax.Array  # uint2 or uint4 (3 bits), stack + [in, out]
-    r: jax.Array  # float32, stack + [bits, ceil(in / group), out]
+    r: jax.Array  # float32 or as told, stack + [bits, ceil(in / group), out]
     c: jax.Array | None  # float32, stack + [in]; None for ones
     bits: int = eqx.field(static=True)
     group: int = eqx.field(static=True)
@@ -47,14 +47,18 @@ class BinaryCoded(Weight):
         return jax.core.ShapedArray(self.codes.shape, self.dense_dtype)
 
     def materialise(self) -> jax.Array:
-        """The dense array, computed in the dtype of the scales and rounded once."""
+        """The dense array, computed in float32 or wider and rounded once."""
         n = self.codes.shape[-2]
-        sign = jnp.stack(signs(self.codes, self.bits, self.r.dtype), -3)
-        r = jnp.repeat(self.r, self.group, -2)[..., :n, :]
+        sign = jnp.stack(signs(self.codes, self.bits, self._wide), -3)
+        r = jnp.repeat(self.r.astype(self._wide), self.group, -2)[..., :n, :]
         dense = jnp.sum(sign * r, -3)
         if self.c is not None:
             dense = dense * self.c[..., None]
         return dense.astype(self.dense_dtype)
+
+    @property
+    def _wide(self) -> Any:
+        return jnp.promote_types(self.r.dtype, jnp.float32)
 
     def specs(self, spec: jax.P) -> "BinaryCoded":
         """Codes and column scales as the weight; row scales over stack and outputs."""
@@ -71,7 +75,7 @@ class BinaryCoded(Weight):
         """Standing for another float dtype: the same codes."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return NotImplemented
-        if self.dense_dtype != self.r.dtype:
+        if self.dense_dtype != self._wide:
             return NotImplemented  # a value that was rounded stays rounded
         return self._with(dense_dtype=jnp.dtype(dtype))
 

@@ -31,7 +31,7 @@ import numpy as np
 from wlab.core import MatrixView, Permuted, is_weight
 from wlab.quant._binary import BinaryCoded
 from wlab.quant._calibrated import checked, gptaq, restored
-from wlab.quant._dsq import DualRange, DualScale, dsq_fit
+from wlab.quant._dsq import DualRange, DualScale
 from wlab.quant._gptq import gar_order, solve
 from wlab.quant._grid import get_grid
 from wlab.quant._quantized import EACH, Quantized
@@ -40,33 +40,38 @@ _LEAST = 1e-12  # the least scale of a uniform group
 _EMPTY = 1e-20  # a channel whose codes are all zero keeps its scale
 
 
-def dsq(w: jax.Array, *, bits: int = 2, group: int = 128) -> BinaryCoded:
+def dsq(
+    w: jax.Array, *, bits: int = 2, group: int = 128, scale_dtype: Any = None
+) -> BinaryCoded:
     """Dual scales without calibration.
 
     Args:
         w: kernel [in, out].
         bits: 2 or 3.
         group: input channels that share row scales.
+        scale_dtype: of the stored row scales, such as float16, to which they are
+            rounded first. Column scales stay float32: they are to be absorbed.
 
     Returns:
-        The coded kernel, with float32 scales.
+        The coded kernel, with float32 scales unless `scale_dtype` says otherwise.
 
     Raises:
         ValueError: for other bits or groups, or a kernel that is no matrix.
-        TypeError: for a kernel that holds no floats.
+        TypeError: for a kernel that holds no floats, or scales that are none.
 
     Examples:
         >>> w = jnp.array([[1.0, -3.0], [-2.0, 6.0]])
         >>> bool(jnp.allclose(dsq(w, group=2).materialise(), w, rtol=1e-5))
         True
     """
-    wide = _checked(w, bits, group)
+    wide, grid = _checked(w, bits, group), _grid(bits, scale_dtype)
     n, m = w.shape
     count = -(-n // group)
     parts = jnp.pad(wide, [(0, count * group - n), (0, 0)]).reshape(count, group, m)
-    found, codes = jax.vmap(lambda x: dsq_fit(x, bits))(parts)
+    found = jax.vmap(grid.fit)(parts)
+    codes = jax.vmap(grid.nearest)(parts, found)
     c = found.c.reshape(-1)[:n]
-    return _coded(w, codes.reshape(-1, m)[:n], found.r, c, bits, group)
+    return _coded(w, codes.reshape(-1, m)[:n], found.r, c, grid, group)
 
 
 def d2quant(
@@ -80,6 +85,7 @@ def d2quant(
     damping: float = 0.01,
     block: int | None = None,
     alpha: float = 0.25,
+    scale_dtype: Any = None,
 ) -> BinaryCoded:
     """Dual scales with compensation, for a down-projection.
 
@@ -94,22 +100,24 @@ def d2quant(
         damping: as in `wlab.quant.gptq`.
         block: as there; None for a group.
         alpha: strength of the correction by `d`.
+        scale_dtype: of the stored row scales; see `dsq`.
 
     Returns:
-        The coded kernel, with float32 scales, its channels in the order of `w`.
+        The coded kernel, with float32 scales unless `scale_dtype` says otherwise, its
+        channels in the order of `w`.
 
     Raises:
         ValueError: for other bits, shapes that do not fit, or a group and block of
             which neither divides the other.
-        TypeError: for a kernel that holds no floats.
+        TypeError: for a kernel that holds no floats, or scales that are none.
     """
-    wide = _checked(w, bits, group)
+    wide, grid = _checked(w, bits, group), _grid(bits, scale_dtype)
     h = h.astype(wide.dtype)
     found = solve(
         wide,
         h,
         None if d is None else d.astype(wide.dtype),
-        grid=DualScale(bits),
+        grid=grid,
         group=group,
         block=group if block is None else block,
         damping=damping,
@@ -120,7 +128,7 @@ def d2quant(
     scales: DualRange = found.range
     c = scales.c.reshape(-1)[:n][jnp.argsort(found.order)]
     r = restored(scales.r, found.order, group) if gar else scales.r
-    return _coded(w, found.codes, r, c, bits, group)
+    return _coded(w, found.codes, r, c, grid, group)
 
 
 def _checked(w: jax.Array, bits: int, group: int) -> jax.Array:
@@ -132,14 +140,26 @@ def _checked(w: jax.Array, bits: int, group: int) -> jax.Array:
     return checked(w)
 
 
+def _grid(bits: int, scale_dtype: Any) -> DualScale:
+    if scale_dtype is not None and not jnp.issubdtype(scale_dtype, jnp.floating):
+        raise TypeError(f"scale_dtype={scale_dtype}: scales are floats")
+    return DualScale(bits, scale_dtype=scale_dtype)
+
+
 def _coded(
-    w: jax.Array, codes: jax.Array, r: jax.Array, c: jax.Array, bits: int, group: int
+    w: jax.Array,
+    codes: jax.Array,
+    r: jax.Array,
+    c: jax.Array,
+    grid: DualScale,
+    group: int,
 ) -> BinaryCoded:
+    dtype = r.dtype if grid.scale_dtype is None else grid.scale_dtype
     return BinaryCoded(
-        codes=get_grid(f"uint{bits}").encode(codes),
-        r=jnp.swapaxes(r, -3, -2),
+        codes=get_grid(f"uint{grid.bits}").encode(codes),
+        r=jnp.swapaxes(r, -3, -2).astype(dtype),
         c=c,
-        bits=bits,
+        bits=grid.bits,
         group=group,
         dense_dtype=np.dtype(w.dtype),
     )

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from wlab.quant._uniform import as_stored
+
 _EPS = 1e-8  # the least scale
 _SINGULAR = 1e-6  # the least pivot of a row's equations, over their diagonal
 _RIDGE = 1e-4  # added to that diagonal where a pivot is less
@@ -39,10 +41,16 @@ class DualScale(NamedTuple):
 
     bits: int
     steps: int = 15  # rounds of fitting
+    scale_dtype: Any = None  # in which row scales are stored: they are rounded to it
 
     def fit(self, w: jax.Array) -> DualRange:
         """The scales of a group [group, out]."""
-        return dsq_fit(w, self.bits, self.steps)[0]
+        found, _ = dsq_fit(w, self.bits, self.steps)
+        return found._replace(r=as_stored(self.scale_dtype, found.r))
+
+    def nearest(self, w: jax.Array, found: DualRange) -> jax.Array:
+        """Codes uint8 of a whole group [group, out]."""
+        return _nearest(w, found.r, found.c)
 
     def channels(self, found: DualRange, start: Any, size: int) -> DualRange:
         """Row scales for each of `size` channels, and their own column scales."""

@@ -105,21 +105,24 @@ class Uniform(NamedTuple):
     def _range(self, low: jax.Array, high: jax.Array, p: Any = 1.0) -> Range:
         if self.symmetric:
             high = jnp.maximum(jnp.maximum(-low, high), _TINY) * p
-            scale = self._stored(high / (2 ** (self.bits - 1) - 1))
+            scale = as_stored(self.scale_dtype, high / (2 ** (self.bits - 1) - 1))
             return Range(scale, jnp.zeros_like(scale))
         none = (low == 0) & (high == 0)
         low = jnp.where(none, -1.0, low) * p
         high = jnp.where(none, 1.0, high) * p
-        scale = self._stored(jnp.maximum(high - low, _TINY) / (2**self.bits - 1))
+        scale = as_stored(
+            self.scale_dtype, jnp.maximum(high - low, _TINY) / (2**self.bits - 1)
+        )
         # A scale that was rounded down would put the zero point past the last level.
         zero = jnp.minimum(jnp.round(-low / scale), 2**self.bits - 1)
         return Range(scale, zero)
 
-    def _stored(self, scale: jax.Array) -> jax.Array:
-        """The scale that a narrow dtype holds, which is never zero."""
-        if self.scale_dtype is None:
-            return scale
-        # The barrier keeps XLA from taking the two conversions for none.
-        narrow = jax.lax.optimization_barrier(scale.astype(self.scale_dtype))
-        least = jnp.finfo(self.scale_dtype).smallest_subnormal
-        return jnp.maximum(narrow.astype(scale.dtype), least.astype(scale.dtype))
+
+def as_stored(dtype: Any, scale: jax.Array) -> jax.Array:
+    """The scale that a narrow dtype holds, which is never zero; None: as it is."""
+    if dtype is None:
+        return scale
+    # The barrier keeps XLA from taking the two conversions for none.
+    narrow = jax.lax.optimization_barrier(scale.astype(dtype))
+    least = jnp.finfo(dtype).smallest_subnormal
+    return jnp.maximum(narrow.astype(scale.dtype), least.astype(scale.dtype))

@@ -80,7 +80,8 @@ def d2quant(**options: Any) -> Compressor:
     def compress(w: jax.Array, sums: Moments) -> Any:
         return _d2quant.d2quant(w, sums.h, sums.cross, **options)
 
-    kept = {name: options[name] for name in ("bits", "group") if name in options}
+    shared = ("bits", "group", "scale_dtype")
+    kept = {name: options[name] for name in shared if name in options}
     nearest = functools.partial(_d2quant.dsq, **kept)
     # The scale of an input channel is one for all outputs of a kernel.
     return Compressor(moments, compress, nearest, original=True, independent=False)

@@ -25,14 +25,13 @@ from wlab.core import _linalg as linalg
 from wlab.core._float32 import accumulated
 from wlab.core._tree import (
     Leaf,
-    Pattern,
     Select,
+    Views,
     describe,
     leaves_with_paths,
     stacked_axes,
 )
 from wlab.core._tree import select as _select
-from wlab.core._view import MatrixView
 
 Count = int | Callable[[int], int]
 Side = Literal["columns", "rows", "entries"]
@@ -454,7 +453,7 @@ def pools_of(
     k: Count,
     slices: Literal["layers", "leaves"] | Side,
     select: Select | None,
-    views: Mapping[Pattern, MatrixView | None] | None,
+    views: Views | None,
 ) -> list[Pool]:
     """The pools of a parameter tree; the arguments are those of `subset`.
 

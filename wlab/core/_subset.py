@@ -52,8 +52,7 @@ from wlab.core._pools import matrix_pool as matrix_pool
 from wlab.core._pools import member_pool as member_pool
 from wlab.core._pools import natural as natural
 from wlab.core._pools import stack_pools as stack_pools
-from wlab.core._tree import Pattern, Select, leaves_with_paths, map_with_path
-from wlab.core._view import MatrixView
+from wlab.core._tree import Select, Views, leaves_with_paths, map_with_path
 
 Cut = Callable[[Any], Sequence[Pool]]
 Reset = Literal["all", "new", "none", "keep"]
@@ -82,7 +81,7 @@ def subset(
     outside: Callable[[jax.Array], jax.Array] | None = None,
     rest: optax.GradientTransformation | None = None,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
     key: jax.Array | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Applies an inner transform to k of n slices, chosen anew every few steps.
@@ -286,7 +285,7 @@ def upcoming(
     every: int | jax.Array = 1,
     reset: Reset = "all",
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> dict[str, jax.Array]:
     """What the next update will choose, before there are gradients.
 

@@ -171,9 +171,7 @@ class Leaf(NamedTuple):
     view: MatrixView | None  # None: not a matrix
 
 
-def describe(
-    params: Any, *, views: Mapping[Pattern, MatrixView | None] | None = None
-) -> list[Leaf]:
+def describe(params: Any, *, views: Views | None = None) -> list[Leaf]:
     """Path, shape, role and matrix view of each leaf.
 
     Roles and views are inferred from the names and shapes of Flax's layers: kernels
@@ -214,15 +212,13 @@ def describe(
 
 
 def matrix_views(
-    params: Any, *, views: Mapping[Pattern, MatrixView | None] | None = None
+    params: Any, *, views: Views | None = None
 ) -> dict[str, MatrixView | None]:
     """The matrix view of each leaf, by path; see `describe`."""
     return {leaf.path: leaf.view for leaf in describe(params, views=views)}
 
 
-def muon_dimension_numbers(
-    params: Any, *, views: Mapping[Pattern, MatrixView | None] | None = None
-) -> Any:
+def muon_dimension_numbers(params: Any, *, views: Views | None = None) -> Any:
     """The views as the tree that `optax.contrib.muon` takes; None for no matrix.
 
     Embeddings and heads are no matrices there, since Muon leaves them to Adam.
@@ -241,7 +237,7 @@ def explain(
     params: Any,
     pattern: Select | None = None,
     *,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> None:
     """Print path, shape, dtype, role and matrix view of each leaf.
 

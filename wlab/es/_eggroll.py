@@ -31,7 +31,7 @@ References:
     `Evolution Strategies at the Hyperscale <https://arxiv.org/abs/2511.16652>`_, 2025.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -41,10 +41,9 @@ from jax import lax
 
 from wlab.core import (
     LowRank,
-    MatrixView,
-    Pattern,
     Select,
     Strategy,
+    Views,
     is_weight,
     map_with_path,
     typed_key,
@@ -85,7 +84,7 @@ def eggroll(
     shaping: Shaping = "normalise",
     signs: bool = False,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
     noise: Noise = "normal",
     keys: Keys = "path",
     axis_name: str | None = None,
@@ -212,7 +211,7 @@ def _strategy(
     shaping: Shaping,
     signs: bool,
     select: Select | None,
-    views: Mapping[Pattern, MatrixView | None] | None,
+    views: Views | None,
     kind: Noise,
     keys: Keys,
     axis_name: str | None,

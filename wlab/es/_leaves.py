@@ -2,15 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which leaves of a tree are searched, and with what noise."""
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from wlab.core import (
     MatrixView,
-    Pattern,
     Select,
+    Views,
     describe,
     leaves_with_paths,
 )
@@ -48,7 +47,7 @@ def searched(
     low_rank: bool,
     dense: Dense,
     select: Select | None,
-    views: Mapping[Pattern, MatrixView | None] | None,
+    views: Views | None,
 ) -> list[Searched]:
     """The leaves that have noise, in the order of the tree.
 

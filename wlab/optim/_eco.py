@@ -22,7 +22,7 @@ References:
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,9 +30,8 @@ import jax.numpy as jnp
 import optax
 
 from wlab.core import (
-    MatrixView,
-    Pattern,
     Select,
+    Views,
     fold_path,
     leaves_with_paths,
     map_with_path,
@@ -83,7 +82,7 @@ def eco(
     granularity: Granularity | None = None,
     injection: Injection = "paper",
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
     full_precision: optax.GradientTransformation | None = None,
     key: jax.Array | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -194,7 +193,7 @@ def eco_sgd(
     granularity: Granularity | None = None,
     injection: Injection = "paper",
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
     full_precision: optax.GradientTransformation | None = None,
     key: jax.Array | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -264,7 +263,7 @@ def eco_muon(
     granularity: Granularity | None = None,
     injection: Literal["paper", "decayed", "virtual", "none"] = "decayed",
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
     full_precision: optax.GradientTransformation | None = None,
     key: jax.Array | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -342,7 +341,7 @@ def _eco(
     granularity: Granularity | None,
     injection: Injection,
     select: Select | None,
-    views: Mapping[Pattern, MatrixView | None] | None,
+    views: Views | None,
     full_precision: optax.GradientTransformation,
     key: jax.Array | int,
     second_moment: bool = False,

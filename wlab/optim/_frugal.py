@@ -47,8 +47,8 @@ from wlab.core import (
     Draw,
     Leaf,
     MatrixView,
-    Pattern,
     Select,
+    Views,
     as_matrices,
     describe,
     from_matrices,
@@ -86,7 +86,7 @@ def frugal(
     order: Order | subsets.Choose = "random",
     reset: bool = True,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
     rest: optax.GradientTransformation | None = None,
     key: jax.Array | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -191,7 +191,7 @@ def scale_by_frugal(
     order: Order | subsets.Choose = "random",
     reset: bool = True,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
     rest: optax.GradientTransformation | None = None,
     key: jax.Array | int = 0,
 ) -> optax.GradientTransformationExtraArgs:

@@ -7,13 +7,12 @@ here: a plan says how each is quantised, and a change brings the stored leaf to 
 value on the grid through `optax.apply_updates`.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from wlab.core import MatrixView, Pattern, Select, is_weight, leaves_with_paths
+from wlab.core import MatrixView, Select, Views, is_weight, leaves_with_paths
 from wlab.quant import (
     Granularity,
     Grid,
@@ -50,7 +49,7 @@ def plans(
     grid: Grid,
     granularity: Granularity | None,
     select: Select | None,
-    views: Mapping[Pattern, MatrixView | None] | None,
+    views: Views | None,
 ) -> dict[str, Plan]:
     """How each quantised leaf is quantised, by path.
 

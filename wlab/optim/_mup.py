@@ -39,8 +39,8 @@ from jax.typing import ArrayLike
 
 from wlab.core import (
     Leaf,
-    MatrixView,
     Pattern,
+    Views,
     describe,
     is_weight,
     leaves_with_paths,
@@ -85,7 +85,7 @@ def classify(
     delta: Any = None,
     *,
     overrides: Mapping[Pattern, Kind] | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Any:
     """The class of every leaf, from the shapes of models of two or three widths.
 

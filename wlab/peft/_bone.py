@@ -24,14 +24,13 @@ References:
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from wlab.core import MatrixView, Operator, Pattern, Reparam, Select
+from wlab.core import Operator, Reparam, Select, Views
 from wlab.peft._matrices import Attach, Init, Method, Target, added, matrices, reparam
 
 Variant = Literal["bone", "bat", "mini"]
@@ -44,7 +43,7 @@ def bone(
     axis: Literal["out", "in"] = "out",
     mini_rank: int | None = None,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Reparam:
     """Block affine adaptation; the model is unchanged at the start.
 

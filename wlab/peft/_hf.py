@@ -18,7 +18,7 @@ import numpy as np
 
 from wlab import _safetensors
 from wlab._files import replacing
-from wlab.core import Adapter, MatrixView, Pattern, Reparam, leaves_with_paths
+from wlab.core import Adapter, Reparam, Views, leaves_with_paths
 from wlab.peft._bone import bone
 from wlab.peft._lora import lora
 from wlab.peft._matrices import SHARED
@@ -49,7 +49,7 @@ def from_hf(
     params: Any,
     names: Names,
     *,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Loaded:
     """Reads an adapter that peft wrote.
 
@@ -213,7 +213,7 @@ def _method(
     config: Mapping[str, Any],
     folder: pathlib.Path,
     select: Any,
-    views: Mapping[Pattern, MatrixView | None] | None,
+    views: Views | None,
 ) -> Reparam:
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):

@@ -19,13 +19,12 @@ References:
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from wlab.core import MatrixView, Pattern, Reparam, Select
+from wlab.core import Reparam, Select, Views
 from wlab.peft._matrices import Attach, Init, Method, dense, matrices, reparam, scaled
 
 Form = Literal["residual", "direct"]
@@ -39,7 +38,7 @@ def hut(
     affine: bool = True,
     scale: float = 1.0,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Reparam:
     """The Hadamard updated transformation; the model is unchanged at the start.
 

@@ -37,7 +37,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -48,9 +48,9 @@ from wlab.core import (
     LowRank,
     MatrixView,
     Operator,
-    Pattern,
     Reparam,
     Select,
+    Views,
     lift,
     linalg,
 )
@@ -69,7 +69,7 @@ def lora(
     niter: int | None = None,
     dora: bool = False,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Reparam:
     """Low-rank adaptation of matrices; with `dora`, of their directions.
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from wlab.core import (
     Adapter,
     MatrixView,
-    Pattern,
     Reparam,
     Select,
+    Views,
     as_matrices,
     describe,
     fold_path,
@@ -114,7 +114,7 @@ def reparam(
     method: Method,
     *,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Reparam:
     """The method on every target of a tree.
 
@@ -204,7 +204,7 @@ def targets(
     params: Any,
     method: Method,
     select: Select | None,
-    views: Mapping[Pattern, MatrixView | None] | None,
+    views: Views | None,
 ) -> list[Target]:
     """The leaves that a method replaces, in the order of the tree; see `reparam`."""
     leaves = describe(params, views=views)

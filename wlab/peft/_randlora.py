@@ -21,13 +21,12 @@ References:
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from wlab.core import MatrixView, Operator, Pattern, Reparam, Select
+from wlab.core import Operator, Reparam, Select, Views
 from wlab.peft._matrices import Attach, Init, Method, Target, reparam
 
 Pairing = Literal["paper", "hf"]
@@ -41,7 +40,7 @@ def randlora(
     pairing: Pairing = "paper",
     bases: Bases = "uniform",
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Reparam:
     """Full-rank adaptation from random bases; the model is unchanged at the start.
 

@@ -30,11 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from wlab.core import (
-    MatrixView,
     Operator,
-    Pattern,
     Reparam,
     Select,
+    Views,
     fold_path,
     is_weight,
     leaves_with_paths,
@@ -67,7 +66,7 @@ def s2ft(
     units: Mapping[str, Units] | None = None,
     columns: Select | None = None,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Reparam:
     """Structured sparse fine-tuning; the model is unchanged at the start.
 
@@ -309,7 +308,7 @@ def unit_scores(
     grads: Any = None,
     activations: Mapping[str, jax.Array] | None = None,
     key: jax.Array | int | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> dict[str, jax.Array]:
     """How much each unit of some leaves matters.
 
@@ -471,7 +470,7 @@ def permute(
     order: Mapping[str, Any],
     *,
     groups: Mapping[str, Coupling] | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Any:
     """The same model with the units of its blocks in another order.
 

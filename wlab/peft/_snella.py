@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wlab.core import Adapter, MatrixView, Pattern, Reparam, Select, linalg
+from wlab.core import Adapter, Reparam, Select, Views, linalg
 from wlab.peft._matrices import Attach, Init, Method, added, reparam
 
 Kernel = Literal["mix", "distance"]
@@ -47,7 +47,7 @@ def snella(
     value: Value = "signed_square",
     zero_start: bool = False,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Reparam:
     """Kernelised sparse fine-tuning.
 

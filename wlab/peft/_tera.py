@@ -25,13 +25,13 @@ References:
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from wlab.core import MatrixView, Operator, Pattern, Reparam, Select, fold_path
+from wlab.core import Operator, Reparam, Select, Views, fold_path
 from wlab.peft._matrices import Attach, Init, Method, Target, reparam
 
 
@@ -43,7 +43,7 @@ def tera(
     ranks: float | Sequence[int] = 1.0,
     alpha: float = 1.0,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Reparam:
     """The vector-based random tensor network; the model is unchanged at the start.
 

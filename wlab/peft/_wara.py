@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wlab.core import LowRank, MatrixView, Operator, Pattern, Reparam, Select
+from wlab.core import LowRank, Operator, Reparam, Select, Views
 from wlab.peft._lora import principal_factors
 from wlab.peft._matrices import Attach, Init, Method, Target, reparam
 
@@ -49,7 +49,7 @@ def wara(
     levels: int = 1,
     alpha: float | None = None,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Reparam:
     """Wavelet low-rank adaptation; the model is unchanged at the start.
 

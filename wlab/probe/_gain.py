@@ -12,7 +12,6 @@ References:
     Tuning <https://arxiv.org/abs/2510.15262>`_, 2025.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +20,8 @@ from jax import lax
 
 from wlab.core import (
     MatrixView,
-    Pattern,
     Select,
+    Views,
     as_matrices,
     describe,
     leaves_with_paths,
@@ -57,7 +56,7 @@ def top_singular_values(
     *,
     iters: int | None = None,
     which: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> dict[str, jax.Array]:
     """The largest singular values of every matrix, stacked layers side by side.
 
@@ -106,7 +105,7 @@ def rms_singular_values(
     params: Any,
     *,
     which: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> dict[str, jax.Array]:
     """The root mean square of the singular values of every matrix.
 
@@ -171,7 +170,7 @@ def gain_report(
     *,
     iters: int | None = None,
     which: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> dict[str, Gain]:
     """Compares the singular values of two models of one structure, matrix by matrix.
 
@@ -215,7 +214,7 @@ def gain_report(
 def _matrices(
     params: Any,
     which: Select | None,
-    views: Mapping[Pattern, MatrixView | None] | None,
+    views: Views | None,
 ) -> list[tuple[str, jax.Array, MatrixView]]:
     """Path, dense value in the dtype to compute in, and view of each matrix."""
     known = {leaf.path: leaf.view for leaf in describe(params, views=views)}

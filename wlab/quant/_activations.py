@@ -7,14 +7,14 @@ first rounds its input, with a scale for each row, and passes the gradient strai
 through.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 from jax import lax
 
-from wlab.core import MatrixView, Pattern, Select, Weight, is_weight, map_with_path
+from wlab.core import MatrixView, Select, Views, Weight, is_weight, map_with_path
 from wlab.core._lift import cut, dispatch, specs_of
 from wlab.quant._grid import Grid, get_grid
 from wlab.quant._quantize import fake_quantize, quantizable
@@ -127,7 +127,7 @@ def quantize_activations(
     grid: str | Grid,
     *,
     select: Select | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Any:
     """Let a model round the inputs of its layers to a grid, row by row.
 

@@ -6,7 +6,6 @@ A scale is chosen so that the largest magnitude of its block falls on the larges
 value of the grid; no calibration. The arithmetic is in float32 at least.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,8 +14,8 @@ import numpy as np
 
 from wlab.core import (
     MatrixView,
-    Pattern,
     Select,
+    Views,
     describe,
     fold_path,
     is_weight,
@@ -176,7 +175,7 @@ def quantize_tree(
     group: int | None = None,
     rounding: Rounding = "nearest",
     key: jax.Array | None = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Any:
     """Quantise the matrices of a parameter tree.
 
@@ -242,7 +241,7 @@ def fake_quantize_tree(params: Any, grid: str | Grid, **options: Any) -> Any:
 def quantizable(
     params: Any,
     pattern: Select | None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> dict[str, MatrixView]:
     """The leaves to quantise and how each is seen as a matrix, by path.
 

@@ -31,9 +31,8 @@ import jax
 import jax.numpy as jnp
 
 from wlab.core import (
-    MatrixView,
-    Pattern,
     Select,
+    Views,
     as_matrices,
     leaves_with_paths,
     linalg,
@@ -154,7 +153,7 @@ def update_sizes(
     *,
     which: Select | None = None,
     dtype: Any = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> dict[str, jax.Array]:
     """The sizes of all updates of a fine-tuned model, as matrices.
 
@@ -200,7 +199,7 @@ def quantlrm(
     bits: int = 3,
     r: float = 10.0,
     dtype: Any = None,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
     **options: Any,
 ) -> Any:
     """AWQ on one block, with the importance that its updates say.

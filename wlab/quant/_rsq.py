@@ -33,7 +33,7 @@ import numpy as np
 
 from wlab.core import (
     MatrixView,
-    Pattern,
+    Views,
     is_weight,
     leaves_with_paths,
     map_with_path,
@@ -322,7 +322,7 @@ def fuse_norms(
     params: Any,
     stream: ResidualStream,
     *,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Any:
     """The same model with the scales (and biases) of norms in the kernels behind them.
 
@@ -374,7 +374,7 @@ def rotate(
     q: jax.Array,
     stream: ResidualStream,
     *,
-    views: Mapping[Pattern, MatrixView | None] | None = None,
+    views: Views | None = None,
 ) -> Any:
     """The same model with its residual stream turned by an orthogonal matrix.
 

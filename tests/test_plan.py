@@ -30,7 +30,7 @@ def planned(optimizer: str) -> plan.Plan:
 
 @pytest.mark.parametrize(
     "optimizer",
-    ["adamw", "eco-int4", "frugal", "drop-muon", "lisa"],
+    ["adamw", "eco-int4", "frugal", "lisa"],
 )
 def test_what_is_planned_is_what_a_device_holds(optimizer: str):
     found = planned(optimizer)

@@ -267,7 +267,9 @@ def test_seeds_under_vmap_have_cuts_of_their_own(form: str):
     close(got, jax.tree.map(lambda *x: np.stack(x), *rows))
 
 
-@pytest.mark.parametrize("form", ["stacked", "listed"])
+@pytest.mark.parametrize(
+    ("form", "mesh"), [("stacked", "explicit"), ("listed", "auto")], indirect=["mesh"]
+)
 def test_mesh(form: str, mesh: jax.sharding.Mesh):
     """One device's numbers; gradients are sharded as their parameters."""
     spec = {"up": (None, "model"), "down": ("model", None), "gain": (None,)}

@@ -86,9 +86,8 @@ def test_it_learns(one: Any):
 @pytest.mark.parametrize(
     "options",
     [
-        {"n": 4, "reduce": "sum", "keep": True, "chunk": 2},
-        {"n": 2, "tensor": 2, "reduce": "sum"},
-        {"n": 2, "explicit": True},
+        {"n": 2, "tensor": 2, "reduce": "sum", "keep": True, "chunk": 2},
+        {"n": 4, "explicit": True},
     ],
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()),
 )

@@ -93,14 +93,13 @@ TABLE = {
         packed("int4", granularity="tensor"),
         0.15,
     ),
-    "eco_sgd-int8-packed": Entry(
-        lambda lr: eco_sgd(lr, grid="int8"), 0.1, packed("int8"), 0.02
-    ),
     "eco_sgd-exact": Entry(
-        lambda lr: eco_sgd(lr, injection="exact"), 0.1, on_grid("fp8_e4m3"), 0.02
+        lambda lr: eco_sgd(lr, grid="int8", injection="exact"),
+        0.1,
+        on_grid("int8"),
+        0.02,
     ),
     "eco_muon-packed": Entry(eco_muon, 0.1, packed("fp8_e4m3"), 0.15),
-    "eco_muon": Entry(eco_muon, 0.1, on_grid("fp8_e4m3"), 0.15),
     "classp": Entry(lambda lr: classp(lr, 1e-6, 2.0), 0.7, as_is, 0.02, False),
     "mup_adamw": Entry(
         lambda lr: mup_adamw(lr, 1e-3, twice_as_wide), 0.1, as_is, 0.02, False
@@ -253,7 +252,7 @@ ONE_OF_EACH = [
     "frugal-columns",
 ]
 # Placed as the others of their kind.
-ALIKE = ["eco-int4-packed", "eco_sgd-int8-packed", "eco_muon", "lisa-keep"]
+ALIKE = ["eco-int4-packed", "lisa-keep"]
 one_of_each = pytest.mark.parametrize("run", ONE_OF_EACH, indirect=True)
 
 
@@ -324,6 +323,7 @@ def test_hyperparameters_are_injected(run: Run):
     assert_same(wlab.materialise(still), wlab.materialise(got), 1e-6)
 
 
+@one_of_each
 def test_multi_steps_averages_gradients(run: Run):
     """Two half batches make one step; a packed tree says what to do instead."""
     params, state = run.start()

@@ -167,7 +167,6 @@ def optimisers(**options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "grid", "rounding"),
     [
-        ("eco", "fp8_e4m3", "nearest"),
         ("eco", "int8", "stochastic"),
         ("eco", "int4", "nearest"),
         ("eco_sgd", "fp8_e4m3", "stochastic"),

@@ -38,7 +38,6 @@ SIDES = 2 * (12 + 20) + 2 * (12 + 12)
 OUTS = 20 + 12 + 12 + 12
 CASES = {
     "lora": Case(peft.lora(3), 3 * SIDES),
-    "rslora": Case(peft.lora(3, alpha=6, rank_stabilized=True), 3 * SIDES),
     "dora": Case(peft.lora(3, dora=True), 3 * SIDES + OUTS, 1e-6, additive=False),
     "pissa": Case(peft.lora(3, start="pissa"), 3 * SIDES, 1e-6),
     "bone": Case(peft.bone(5), 5 * OUTS),
@@ -58,9 +57,7 @@ CASES = {
         additive=False,
     ),
     "tera": Case(peft.tera(), 2 * (4 + 5 + 3 + 4) + 2 * 2 * (3 + 4)),
-    "tera-wide": Case(peft.tera(ranks=2.0), 2 * (2 * 16 + 2 * 14)),
     "randlora": Case(peft.randlora(5, alpha=5), 4 * 3 * (5 + 12)),
-    "randlora-hf": Case(peft.randlora(5, alpha=5, pairing="hf"), 4 * 3 * (5 + 12)),
     "wara": Case(peft.wara(2), SIDES),
     "wara-db2": Case(peft.wara(2, wavelet="db2"), SIDES),
     "wara-bands": Case(peft.wara(1, mode="subband", levels=2), 3 * SIDES // 2 + SIDES),
@@ -416,7 +413,7 @@ class Net(nnx.Module):
         return self.dense(self.attention(x))
 
 
-FLAX = {name: CASES[name].method for name in (*FORMS, "pissa", "s2ft-columns")}
+FLAX = {name: CASES[name].method for name in (*FORMS, "s2ft-columns")}
 FLAX["bat"] = peft.bone(2, variant="bat")
 
 

@@ -110,7 +110,8 @@ def decoder_importance(
         >>> model = Decoder(tiny(depth=1, width=16, hidden=16, heads=2, head_dim=8))
         >>> tokens = jax.random.randint(jax.random.key(0), (1, 4, 8), 0, 256)
         >>> params = jax.jit(model.init)(jax.random.key(1), tokens[0])["params"]
-        >>> model, params = rotated(model, params, random_hadamard(2, 16))
+        >>> q = random_hadamard(2, 16)
+        >>> model, params = rotated(model, params, q)  # doctest: +SKIP
         >>> parts = layered(model, lambda logits, _: logits.mean(), inputs=lambda t: t)
         >>> method = compressors.gptq(bits=3, group=None, symmetric=True, clip=True)
         >>> made = calibrate(  # doctest: +SKIP

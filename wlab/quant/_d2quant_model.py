@@ -160,7 +160,7 @@ def d2quant_model(
         >>> from wlab.models.decoder import Decoder, tiny
         >>> model = Decoder(tiny(depth=1, width=16, hidden=16, heads=2, head_dim=8))
         >>> tokens = jax.random.randint(jax.random.key(0), (1, 4, 8), 0, 256)
-        >>> params = model.init(jax.random.key(1), tokens[0])["params"]
+        >>> params = jax.jit(model.init)(jax.random.key(1), tokens[0])["params"]
         >>> model, params = with_norm_bias(model, params)
         >>> parts = layered(model, lambda logits, _: logits.mean(), inputs=lambda t: t)
         >>> made = d2quant_model(  # doctest: +SKIP

@@ -33,6 +33,7 @@ References:
     <https://arxiv.org/abs/2604.07955>`_, 2026.
 """
 
+import functools
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -87,6 +88,14 @@ class Solved(NamedTuple):
     order: jax.Array  # int32 [in], the channels in the order of rounding
 
 
+# One program, also where a notebook calls it.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        *("grid", "group", "block", "damping", "act_order", "static_groups"),
+        *("alpha", "alpha2", "mode"),
+    ),
+)
 def solve(
     w: jax.Array,
     h: jax.Array,

@@ -68,7 +68,7 @@ class Config:
 
 QUICK = Config(
     widths=(16, 64),
-    steps=80,
+    steps=60,
     decoder_widths=(16, 32),
     decoder_depth=1,
     decoder_steps=10,

@@ -57,6 +57,7 @@ CASES = {
         additive=False,
     ),
     "tera": Case(peft.tera(), 2 * (4 + 5 + 3 + 4) + 2 * 2 * (3 + 4)),
+    "tera-wide": Case(peft.tera(ranks=2.0), 2 * (2 * 16 + 2 * 14)),
     "randlora": Case(peft.randlora(5, alpha=5), 4 * 3 * (5 + 12)),
     "wara": Case(peft.wara(2), SIDES),
     "wara-db2": Case(peft.wara(2, wavelet="db2"), SIDES),

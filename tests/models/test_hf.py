@@ -96,6 +96,8 @@ def test_over_a_mesh(name: str):
         assert kernel.addressable_shards[0].data.size * parts == kernel.size
     with pytest.raises(ValueError, match="matches no leaf"):
         from_hf(LLAMA, mesh=mesh, rules=[("*mlp/upp*", jax.P())])
+    with pytest.raises(ValueError, match="give mesh="):
+        from_hf(LLAMA, rules=rules)
 
 
 def test_the_options_are_read():

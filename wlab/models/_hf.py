@@ -94,8 +94,11 @@ def from_hf(
         FileNotFoundError: if there is no config, no tensors or not all shards.
         ValueError: for another architecture, an option of it that the decoder does not
             have, a file that is cut off, tensors that are missing, that are too many or
-            whose shape is not that of the config, and rules that `specs` refuses.
+            whose shape is not that of the config, and rules that `specs` refuses or
+            that are given without a mesh.
     """
+    if rules and mesh is None:
+        raise ValueError(f"rules={rules} say where on a mesh leaves live: give mesh=")
     folder = pathlib.Path(path)
     raw = _hf_config.read_json(folder / CONFIG)
     config = _hf_config.read_config(raw, folder)
@@ -329,6 +332,7 @@ def _split(path: str) -> tuple[str | None, str, str]:
 
 
 def tensor_name(path: str) -> str:
+    """Their name of a leaf, with {} for the layer of stacked ones."""
     layer, module, name = _split(path)
     kind = "bias" if name == "bias" else "weight"
     where = "" if layer is None else f"model.layers.{layer}."
@@ -354,10 +358,12 @@ def _their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def ours(x: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The leaf at a path, of one layer's shape, from their tensor."""
     return (x.T if path.endswith("/kernel") else x).reshape(shape)
 
 
 def theirs(x: np.ndarray, path: str) -> np.ndarray:
+    """Their tensor of one layer's leaf."""
     if path.endswith("/kernel"):
         return x.reshape(sides(path, x.shape)).T
     return x.reshape(_their_shape(path, x.shape))
